@@ -1,0 +1,216 @@
+"""The runner: trials one after another or in worker processes, each ending in a record, whatever happens."""
+
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from experiments.environment import commit, forget_peak_memory, peak_memory_bytes, versions
+from experiments.progress import Progress
+from experiments.record import Leakage, Record, trial_hash
+from experiments.store import Store
+from experiments.workers import Job, available_cpus, run_jobs
+
+__all__ = ["Outcome", "Summary", "Task", "run"]
+
+LABELS = frozenset({"seed", "data", "protocol", "cut", "protection", "strength"})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial itself knows at its end: fields of ``Record``, and images for ``Store.save``."""
+
+    utility: dict[str, float] = field(default_factory=dict)
+    leakage: list[Leakage] = field(default_factory=list)
+    nbytes: dict[str, dict[str, int]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    epsilon: float | None = None
+    visible: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    images: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One trial to run. ``call`` is a ``functools.partial`` of a top-level function: a worker can take that.
+
+    ``labels`` are the record's seed, data, protocol, cut, protection ("none" where there is none), strength.
+    """
+
+    experiment: str
+    config: dict[str, Any]
+    command: str
+    labels: dict[str, Any]
+    call: Callable[[], Outcome]
+
+    @cached_property
+    def trial(self) -> str:
+        """The hash of experiment and full configuration."""
+        try:
+            return trial_hash({"experiment": self.experiment, "config": self.config})
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"expected a configuration of finite numbers, strings, lists and dicts, got {self.config}: {error}"
+            ) from error
+
+    @property
+    def title(self) -> str:
+        """The trial in a few words, for the progress bar."""
+        parts = [self.labels[name] for name in ("data", "protocol", "cut")]
+        parts.append(f"{self.labels['protection']} {self.labels['strength']}".strip())
+        return " · ".join([*(part for part in parts if part), f"seed {self.labels['seed']}"])
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did: trials done now, skipped since they were done before, and those that failed."""
+
+    done: int
+    skipped: int
+    failures: tuple[Record, ...] = ()
+
+    @property
+    def failed(self) -> int:
+        """How many trials failed."""
+        return len(self.failures)
+
+
+def run(tasks: Sequence[Task], store: Store, *, jobs: int, progress: bool = True, retry_failed: bool = True) -> Summary:
+    """Run the tasks that are not done yet, ``jobs`` at a time, and keep a record of each.
+
+    A trial that fails keeps its traceback and does not stop the rest; nor does a worker that is killed. With
+    one job, trials run in this process on all its cores; with more, in spawned processes on one thread each.
+    Torch's generator starts every trial at its seed, so that no trial depends on those before it. Failures of
+    an earlier run count as failures of this one where ``retry_failed`` is false.
+
+    Raises ``ValueError`` before any work for tasks that cannot be run or a folder that cannot be written, and
+    ``KeyboardInterrupt`` with one line on what was kept when interrupted; no worker outlives this call.
+    """
+    if jobs < 1:
+        raise ValueError(f"expected at least one job, got {jobs}; use --jobs 1")
+    _check(tasks, picklable=jobs > 1)
+    store.prepare()
+    earlier = {task.trial: record for task in tasks if (record := store.load(task.trial)) is not None}
+    waiting = [
+        task for task in tasks if task.trial not in earlier or (earlier[task.trial].status == "failed" and retry_failed)
+    ]
+    failures = [record for record in earlier.values() if record.status == "failed" and not retry_failed]
+    skipped = len(tasks) - len(waiting) - len(failures)
+    done = 0
+    stamp = {"commit": commit(), "versions": versions()}
+    try:
+        with Progress(len(waiting), skipped=skipped, visible=progress) as bar:
+            finished = _here(waiting, store, stamp, bar) if jobs == 1 else _aside(waiting, store, stamp, jobs, bar)
+            with closing(finished):
+                for task, record in finished:
+                    done += record.status == "done"
+                    failures += [record] if record.status == "failed" else []
+                    bar.finished(task.title, failed=record.status == "failed")
+    except KeyboardInterrupt:
+        kept = sum(store.finished(task.trial) for task in tasks)
+        raise KeyboardInterrupt(
+            f"interrupted: {kept} of {len(tasks)} trials kept in {store.root}; run the same command again to go on"
+        ) from None
+    return Summary(done, skipped, tuple(failures))
+
+
+def _check(tasks: Sequence[Task], *, picklable: bool) -> None:
+    seen: dict[str, Task] = {}
+    for task in tasks:
+        if set(task.labels) != LABELS:
+            raise ValueError(f"expected labels {', '.join(sorted(LABELS))}, got {', '.join(sorted(task.labels))}")
+        if task.trial in seen:
+            raise ValueError(f"expected each configuration once, got {task.title} twice; take one away")
+        seen[task.trial] = task
+        try:
+            _record(task, {"commit": None, "versions": {}}, datetime.now(UTC), status="done")
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(
+                f"expected labels that fit a record, got {first['loc'][0]} = {first['input']!r}: {first['msg']}"
+            ) from error
+        if picklable:
+            try:
+                pickle.dumps(task.call)
+            except Exception as error:
+                raise ValueError(
+                    f"expected a call that a worker process can take, got {task.call!r} ({error}); "
+                    "use functools.partial of a top-level function, or --jobs 1"
+                ) from error
+
+
+def _here(
+    tasks: Iterable[Task], store: Store, stamp: dict[str, Any], bar: Progress
+) -> Generator[tuple[Task, Record], None, None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, available_cpus()))
+    try:
+        for task in tasks:
+            bar.started(task.title)
+            yield task, _execute(task, store, stamp)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _aside(
+    tasks: Sequence[Task], store: Store, stamp: dict[str, Any], jobs: int, bar: Progress
+) -> Generator[tuple[Task, Record], None, None]:
+    """Yield tasks and records as workers finish them; the worker saves, so no result waits for this process."""
+    known = {task.trial: task for task in tasks}
+    work = [Job(task.trial, _execute, (task, store, stamp)) for task in tasks]
+    replies = run_jobs(work, processes=jobs, started=lambda trial: bar.started(known[trial].title))
+    with closing(replies):
+        for reply in replies:
+            task, record = known[reply.name], reply.value
+            if record is None:  # the worker could not tell: it died, or could not take or keep the trial
+                record = store.load(task.trial)
+            if record is None or (reply.error and record.status == "failed"):
+                error = reply.error.splitlines()[-1]
+                record = _record(task, stamp, reply.started, status="failed", error=error)
+                store.save(record, traceback=reply.error)
+            yield task, record
+
+
+def _execute(task: Task, store: Store, stamp: dict[str, Any]) -> Record:
+    """Run one trial in this process, save its record and return it. Only an interrupt gets out."""
+    started, clock = datetime.now(UTC), time.perf_counter()
+    forget_peak_memory()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(task.labels["seed"])
+            outcome = task.call()
+        if not isinstance(outcome, Outcome):
+            raise ValueError(f"expected an Outcome from the trial, got {type(outcome).__name__}; return Outcome(…)")
+        measured = {name: value for name, value in vars(outcome).items() if name != "images"}
+        measured["seconds"] = {**outcome.seconds, "total": time.perf_counter() - clock}
+        record = _record(task, stamp, started, status="done", peak_memory_bytes=peak_memory_bytes(), **measured)
+        store.save(record, outcome.images)
+    except (Exception, SystemExit) as error:
+        last = " ".join("".join(traceback.format_exception_only(error)).split())
+        spent = {"seconds": {"total": time.perf_counter() - clock}, "peak_memory_bytes": peak_memory_bytes()}
+        record = _record(task, stamp, started, status="failed", error=last, **spent)
+        store.save(record, traceback=traceback.format_exc())
+    return record
+
+
+def _record(task: Task, stamp: dict[str, Any], started: datetime, **fields: Any) -> Record:
+    return Record(
+        experiment=task.experiment,
+        trial=task.trial,
+        config=task.config,
+        command=task.command,
+        started=started.isoformat(timespec="seconds"),
+        commit=stamp["commit"],
+        versions={**stamp["versions"], "torch threads": str(torch.get_num_threads())},
+        **task.labels,
+        **fields,
+    )

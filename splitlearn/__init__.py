@@ -1,0 +1,33 @@
+"""Split learning: cut a model into stages, let parties hold them, and see exactly what crosses between them."""
+
+from splitlearn.checkpoint import load_checkpoint, save_checkpoint
+from splitlearn.codecs import ErrorFeedback, Float16, Int8, TopK, Zstd
+from splitlearn.cut import cut, join
+from splitlearn.federation import (
+    Member,
+    RemoteMember,
+    fedavg_round,
+    in_turn_round,
+    mean,
+    parallel_round,
+    splitfed_v1_round,
+    splitfed_v2_round,
+    splitfed_v3_round,
+)
+from splitlearn.frames import Kind, Message, decode, encode
+from splitlearn.party import Features, Guard, Guards, Learner, Party
+from splitlearn.protocols import concatenated, parallel, summed, u_shaped, vanilla, vertical
+from splitlearn.threat import Encoder, Grants, Threat, View, observe
+from splitlearn.train import Batches, epochs_of, evaluate, fit, predict
+from splitlearn.wire import Emulated, Framed, Metered, Recorded, Remote, Service, Transport, serve, wire
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batches", "Emulated", "Encoder", "ErrorFeedback", "Features", "Float16", "Framed", "Grants", "Guard", "Guards",
+    "Int8", "Kind", "Learner", "Member", "Message", "Metered", "Party", "Recorded", "Remote", "RemoteMember",
+    "Service", "Threat", "TopK", "Transport", "View", "Zstd", "concatenated", "cut", "decode", "encode",
+    "epochs_of", "evaluate", "fedavg_round", "fit", "in_turn_round", "join", "load_checkpoint", "mean", "observe",
+    "parallel", "parallel_round", "predict", "save_checkpoint", "serve", "splitfed_v1_round", "splitfed_v2_round",
+    "splitfed_v3_round", "summed", "u_shaped", "vanilla", "vertical", "wire",
+]  # fmt: skip

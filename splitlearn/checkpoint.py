@@ -1,0 +1,114 @@
+"""Checkpoints: a tree of tensors and plain values as one safetensors file, written whole or not at all.
+
+No pickle. The tree's shape and a CRC-32 of all tensor bytes stand in the file's metadata.
+"""
+
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+__all__ = ["load_checkpoint", "save_checkpoint", "write_atomically"]
+
+
+def save_checkpoint(path: Path, state: Any) -> None:
+    """Write ``state``, dicts, lists and tuples of tensors, numbers, strings, booleans and None, to ``path``.
+
+    The file appears whole or not at all. Raises ``ValueError`` for anything else in the tree, and where the file
+    cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _flat(state, tensors)
+    metadata = {
+        "tree": json.dumps(tree),
+        "crc32": f"{_checksum(tensors):08x}",
+        "format": "splitlearn checkpoint 1",
+    }
+    write_atomically(path, save(tensors, metadata=metadata))
+
+
+def load_checkpoint(path: Path) -> Any:
+    """Return what ``save_checkpoint`` wrote, tensors on the CPU.
+
+    Raises ``LookupError`` where there is no file, ``ValueError`` where it is cut short, changed, or not one of ours.
+    """
+    if not path.is_file():
+        raise LookupError(f"expected a checkpoint at {path}, found none; train with checkpoint=Path(…) first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is cut short or not a checkpoint ({error}); delete it and start again") from error
+    if "tree" not in metadata:
+        raise ValueError(f"{path} is a safetensors file, but not a checkpoint of this toolkit; give another path")
+    found = f"{_checksum(tensors):08x}"
+    if found != metadata.get("crc32"):
+        raise ValueError(
+            f"{path} is damaged: expected checksum {metadata.get('crc32')}, got {found}; delete it and start again"
+        )
+    return _full(json.loads(metadata["tree"]), tensors)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` through a temporary file beside it; the file appears whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ValueError(f"{path.parent} cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)  # noqa: PTH105
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"{path} cannot be written ({error.strerror}); free space or choose another folder"
+            ) from error
+        raise
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    crc = 0
+    for name in sorted(tensors):
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        crc = zlib.crc32(flat.numpy().data, zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def _flat(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return the tree in JSON's terms, its tensors moved to ``tensors``; each node is tagged with its type."""
+    if isinstance(value, Tensor):
+        name = f"t{len(tensors)}"
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return ["tensor", name]
+    if isinstance(value, dict):
+        return ["dict", [[_flat(key, tensors), _flat(entry, tensors)] for key, entry in value.items()]]
+    if isinstance(value, list | tuple):
+        return ["list" if isinstance(value, list) else "tuple", [_flat(entry, tensors) for entry in value]]
+    if value is None or isinstance(value, bool | int | float | str):
+        return ["value", value]
+    raise ValueError(f"a checkpoint holds tensors and plain values, got {type(value).__name__}; convert it first")
+
+
+def _full(node: Any, tensors: dict[str, Tensor]) -> Any:
+    tag, value = node
+    if tag == "tensor":
+        return tensors[value]
+    if tag == "dict":
+        return {_full(key, tensors): _full(entry, tensors) for key, entry in value}
+    if tag in ("list", "tuple"):
+        entries = [_full(entry, tensors) for entry in value]
+        return entries if tag == "list" else tuple(entries)
+    return value

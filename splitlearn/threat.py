@@ -1,0 +1,171 @@
+"""Threat, View and observe: the only gate between an attack and what it may know.
+
+An attack reads a View and nothing else. What its threat model does not grant is not there, and asking for it
+is an error that names the grant.
+"""
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from splitlearn.codecs import through
+from splitlearn.frames import Codec, Kind, Message
+from splitlearn.party import Guard
+from splitlearn.wire import Exchange, Recorded
+
+__all__ = ["Encoder", "Grants", "Threat", "View", "observe"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What an adversary is assumed to see and to know. Nothing is granted by default but what crosses its wire."""
+
+    name: str = "honest-but-curious server"
+    sees: frozenset[Kind] = frozenset(Kind)  # kinds of tensor it reads on its wire
+    white_box: bool = False  # the victim's path: weights of its stage, its guard and codec
+    queries: bool = False  # may send own inputs through the victim's path and see what crosses
+    auxiliary: bool = False  # samples of its own from the same distribution, disjoint from the private ones
+    auxiliary_labels: bool = False  # and their labels
+
+    def in_words(self) -> list[str]:
+        """Return what it sees and knows, a line each, in plain words."""
+        knows = [
+            "every kind of message on its wire"
+            if self.sees == frozenset(Kind)
+            else "on its wire: " + ", ".join(sorted(self.sees))
+        ]
+        if self.white_box:
+            knows.append("the client's weights, guard and codec")
+        if self.queries:
+            knows.append("what crosses for inputs of its own choice")
+        if self.auxiliary:
+            labelled = "labelled" if self.auxiliary_labels else "unlabelled"
+            knows.append(f"{labelled} samples of its own, disjoint from the private ones")
+        return knows
+
+
+class Encoder(nn.Module):
+    """The victim's path from an input to what the other side reads: stage, guard, codec; frozen, in evaluation mode.
+
+    It is differentiable in its input (codecs by the identity), so that an adaptive attack can train through the
+    protection that it must beat. A guard's noise is drawn anew at every call.
+    """
+
+    def __init__(self, stage: nn.Module, guard: Guard | None = None, codec: Codec | None = None):
+        super().__init__()
+        self.stage = copy.deepcopy(stage).eval().requires_grad_(False)
+        self.guard = copy.deepcopy(guard) if guard is not None else Guard()
+        self.codec = codec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what crosses for ``x``, batch first."""
+        z = self.guard.activation(self.stage(x))
+        return z if self.codec is None else through(self.codec, z)
+
+
+@dataclass(frozen=True)
+class Grants:
+    """What an evaluation can hand over to an adversary; its ``Threat`` decides what of it arrives."""
+
+    encoder: Encoder | None = None
+    auxiliary_x: Tensor | None = None
+    auxiliary_y: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """What one adversary saw and knows. Made by ``observe``."""
+
+    threat: Threat
+    exchanges: tuple[Exchange, ...]
+    _granted: Grants = field(repr=False)
+
+    def tensors(self, kind: Kind, *, verb: str | None = None) -> list[Tensor]:
+        """Return the tensors of one kind in the order in which they crossed, of one verb's exchanges or of all."""
+        if kind not in self.threat.sees:
+            raise LookupError(
+                f"this attack reads tensors of kind {kind}; "
+                f"grant them with Threat(sees=frozenset({{Kind.{kind.name}, …}}))"
+            )
+        found = []
+        for exchange in self.exchanges:
+            if verb is not None and exchange.request.verb != verb:
+                continue
+            for message in (exchange.request, exchange.reply):
+                found += [tensor for key, tensor in message.tensors.items() if Kind.of(key) is kind]
+        return found
+
+    def activations(self, *, verb: str = "predict") -> Tensor:
+        """Return the activations that crossed in one verb's requests, as one batch."""
+        found = self.tensors(Kind.ACTIVATION, verb=verb)
+        if not found:
+            raise LookupError(
+                f"this attack reads activations of {verb!r} requests, and none crossed; record the wire while they do"
+            )
+        return torch.cat(found)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The victim's path, to be differentiated through."""
+        if not self.threat.white_box:
+            raise LookupError("this attack needs the victim's weights; grant them with Threat(white_box=True)")
+        return _handed(self._granted.encoder, "encoder")
+
+    @torch.no_grad()
+    def query(self, x: Tensor) -> Tensor:
+        """Return what crosses for inputs of the attacker's own choice; no gradient."""
+        if not (self.threat.queries or self.threat.white_box):
+            raise LookupError("this attack sends inputs of its own; grant that with Threat(queries=True)")
+        return _handed(self._granted.encoder, "encoder")(x)
+
+    @property
+    def auxiliary_x(self) -> Tensor:
+        """Inputs of the attacker's own, disjoint from the private ones."""
+        if not self.threat.auxiliary:
+            raise LookupError("this attack needs samples of its own; grant them with Threat(auxiliary=True)")
+        return _handed(self._granted.auxiliary_x, "auxiliary_x")
+
+    @property
+    def auxiliary_y(self) -> Tensor:
+        """Labels of the attacker's own samples."""
+        if not self.threat.auxiliary_labels:
+            raise LookupError(
+                "this attack needs labels of its own samples; grant them with Threat(auxiliary_labels=True)"
+            )
+        return _handed(self._granted.auxiliary_y, "auxiliary_y")
+
+
+def observe(*recorded: Recorded, threat: Threat, grants: Grants | None = None) -> View:
+    """Return the view of one adversary: the wires that it reads, filtered by its threat, and what it is granted."""
+    if not recorded:
+        raise LookupError("expected a recorded wire, got none: no wire, no view; put the party behind wire(party)")
+    if dropped := sum(one.dropped for one in recorded):
+        raise LookupError(
+            f"expected the whole transcript, {dropped} exchanges were dropped; raise Recorded(max_nbytes=…)"
+        )
+    exchanges = tuple(_filtered(exchange, threat.sees) for one in recorded for exchange in one.exchanges)
+    given = grants if grants is not None else Grants()
+    handed = Grants(
+        given.encoder if threat.white_box or threat.queries else None,
+        given.auxiliary_x if threat.auxiliary else None,
+        given.auxiliary_y if threat.auxiliary_labels else None,
+    )
+    return View(threat, exchanges, handed)
+
+
+def _filtered(exchange: Exchange, kinds: frozenset[Kind]) -> Exchange:
+    def kept(message: Message) -> Message:
+        return replace(message, tensors={k: t for k, t in message.tensors.items() if Kind.of(k) in kinds})
+
+    return Exchange(kept(exchange.request), kept(exchange.reply))
+
+
+def _handed(thing: T | None, name: str) -> T:
+    if thing is None:
+        raise LookupError(f"the threat grants it, but nothing was handed over; pass Grants({name}=…) to observe")
+    return thing

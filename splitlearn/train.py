@@ -1,0 +1,174 @@
+"""Training loops around any protocol: fit, evaluate, early stopping, checkpoints and resume."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from splitlearn.checkpoint import load_checkpoint, save_checkpoint
+from splitlearn.party import Party
+
+__all__ = ["Batches", "History", "Progress", "Stateful", "epochs_of", "evaluate", "fit", "predict"]
+
+Progress = Callable[[int, int, float, float | None], None]  # epoch done, epochs in all, loss, score
+
+
+class Stateful(Protocol):
+    """What a checkpoint carries: anything with ``state_dict`` and ``load_state_dict``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+
+
+class Batches:
+    """Yields shuffled (x, y) batches; the order of epoch n depends on ``seed`` and n alone."""
+
+    def __init__(self, x: Tensor, y: Tensor, *, batch_size: int, seed: int = 0, drop_last: bool = False):
+        if len(x) != len(y) or not len(x):
+            raise ValueError(
+                f"expected as many labels as samples and at least one, got {len(x)} samples, {len(y)} labels"
+            )
+        if not batch_size >= 1:
+            raise ValueError(f"expected a batch size of 1 or more, got {batch_size}")
+        if drop_last and batch_size > len(x):
+            raise ValueError(f"expected a batch size of at most {len(x)} samples with drop_last, got {batch_size}")
+        self.x, self.y, self.batch_size, self.seed, self.drop_last = x, y, batch_size, seed, drop_last
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Return the number of batches an epoch."""
+        return len(self.x) // self.batch_size if self.drop_last else -(-len(self.x) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield one epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        self.epoch += 1
+        order = torch.randperm(len(self.x), generator=generator)
+        for rows in order.split(self.batch_size)[: len(self)]:
+            yield self.x[rows], self.y[rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of the epoch to come."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        self.epoch = state["epoch"]
+
+
+@dataclass
+class History:
+    """What a training did: the mean loss of each epoch, and each validation score."""
+
+    losses: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    best_epoch: int | None = None  # of the best score, counted from 1
+    stopped_early: bool = False
+
+
+def epochs_of(step: Callable[[Tensor, Tensor], Tensor], batches: Batches) -> Callable[[], float]:
+    """Return a function that runs one epoch of ``step(x, y) -> loss`` and returns the mean loss a sample."""
+
+    def epoch() -> float:
+        total, count = 0.0, 0
+        for x, y in batches:
+            total, count = total + step(x, y).item() * len(x), count + len(x)
+        return total / count
+
+    return epoch
+
+
+def fit(
+    epoch: Callable[[], float],
+    *,
+    epochs: int,
+    state: Mapping[str, Stateful] | None = None,
+    validate: Callable[[], float] | None = None,
+    patience: int | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> History:
+    """Run ``epoch`` (an epoch or a round; returns its mean loss) ``epochs`` times and return what happened.
+
+    ``state`` names all that training changes: parties, members, batches. With ``checkpoint`` it is saved after
+    every epoch, and a file that is there is resumed from, to the bit-same result. ``validate`` returns a score
+    (greater is better); after ``patience`` epochs without a better one training stops, and the best state is
+    put back.
+    """
+    holders = dict(state or {})
+    if patience is not None and (validate is None or not holders or patience < 1):
+        raise ValueError("patience needs validate=…, state=… to put the best back, and at least one epoch of patience")
+    if checkpoint is not None and not holders:
+        raise ValueError("a checkpoint needs state={name: party or batches, …}: all that training changes")
+    history, best, done = History(), None, 0
+    if checkpoint is not None and checkpoint.exists():
+        history, best, done = _resumed(checkpoint, holders)
+    while done < epochs and not history.stopped_early:
+        history.losses.append(epoch())
+        done += 1
+        if validate is not None:
+            score = validate()
+            if history.best_epoch is None or score > max(history.scores):
+                history.best_epoch = done
+                best = _states(holders) if patience is not None else None
+            history.scores.append(score)
+            history.stopped_early = patience is not None and done - history.best_epoch >= patience
+        if checkpoint is not None:
+            saved = {"done": done, "history": asdict(history), "best": best, "state": _states(holders)}
+            save_checkpoint(checkpoint, saved)
+        if progress is not None:
+            progress(done, epochs, history.losses[-1], history.scores[-1] if history.scores else None)
+    if best is not None:
+        for name, holder in holders.items():
+            holder.load_state_dict(best[name])
+    return history
+
+
+def predict(chain: Sequence[Party], x: Tensor, *, batch_size: int = 256) -> Tensor:
+    """Return the outputs of the parties, bottom first, one after the other, on ``x``; in evaluation mode."""
+    outputs = []
+    for part in x.split(batch_size):
+        for party in chain:
+            part = party.predict(part)
+        outputs.append(part)
+    return torch.cat(outputs)
+
+
+def evaluate(chain: Sequence[Party], x: Tensor, y: Tensor, *, batch_size: int = 256) -> dict[str, float]:
+    """Return accuracy, macro-F1 and, where defined, AUC of the parties' joint prediction on (x, y)."""
+    from splitlearn.metrics import utility
+
+    return utility(predict(chain, x, batch_size=batch_size), y)
+
+
+def _states(holders: Mapping[str, Stateful]) -> dict[str, Any]:
+    # A state may alias what training changes next: keep a snapshot.
+    return {name: _snapshot(holder.state_dict()) for name, holder in holders.items()}
+
+
+def _snapshot(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _snapshot(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_snapshot(entry) for entry in value)
+    return value
+
+
+def _resumed(checkpoint: Path, holders: Mapping[str, Stateful]) -> tuple[History, Any, int]:
+    saved = load_checkpoint(checkpoint)
+    if set(saved["state"]) != set(holders):
+        raise ValueError(
+            f"{checkpoint} holds the state of {', '.join(saved['state'])}, expected {', '.join(holders)}; "
+            "resume with the same parties, or give another path"
+        )
+    for name, holder in holders.items():
+        holder.load_state_dict(saved["state"][name])
+    return History(**saved["history"]), saved["best"], saved["done"]
