@@ -82,7 +82,7 @@ class Store:
     def save(self, record: Record, images: Mapping[str, Tensor] | None = None, traceback: str | None = None) -> None:
         """Write one trial in place of an earlier one of the same hash.
 
-        ``images`` maps ``original`` and attack names to [n, C, H, W] in [0, 1]; all of one shape.
+        ``images`` maps ``original`` and attack names to [n, C, H, W] in [0, 1], C = 1 or 3; all of one shape.
         """
         for path, content in (
             (self._images(record.trial), _packed(images) if images else None),
@@ -212,8 +212,9 @@ def _rows(record: Record) -> Iterator[tuple[str, str, float, float | str]]:
 
 def _packed(images: Mapping[str, Tensor]) -> bytes:
     shapes = {name: tuple(image.shape) for name, image in images.items()}
-    if "original" not in images or len(set(shapes.values())) > 1 or len(shapes["original"]) != 4:
-        raise ValueError(f"expected images 'original' and one per attack, all of one [n, C, H, W], got {shapes}")
+    shape = shapes.get("original", ())
+    if len(set(shapes.values())) > 1 or len(shape) != 4 or shape[1] not in (1, 3):
+        raise ValueError(f"expected images 'original' and one per attack, all of one [n, 1 or 3, H, W], got {shapes}")
     return save({name: image.detach().cpu().contiguous().clone() for name, image in images.items()})
 
 

@@ -130,7 +130,6 @@ def _stop(workers: Sequence[_Worker]) -> None:
     """Ask the workers to end, wait a little, and kill those that do not."""
     with _interrupts_held():
         for worker in workers:
-            worker.connection.close()
             worker.process.terminate()
         deadline = time.monotonic() + GRACE_SECONDS
         for worker in workers:
@@ -138,6 +137,7 @@ def _stop(workers: Sequence[_Worker]) -> None:
             if worker.process.exitcode is None:
                 worker.process.kill()
                 worker.process.join()
+            worker.connection.close()
             worker.process.close()
 
 

@@ -6,6 +6,7 @@ from splitlearn.cut import cut, join
 from splitlearn.federation import (
     Member,
     RemoteMember,
+    apart_round,
     fedavg_round,
     in_turn_round,
     mean,
@@ -26,7 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Batches", "Emulated", "Encoder", "ErrorFeedback", "Features", "Float16", "Framed", "Grants", "Guard", "Guards",
     "Int8", "Kind", "Learner", "Member", "Message", "Metered", "Party", "Recorded", "Remote", "RemoteMember",
-    "Service", "Threat", "TopK", "Transport", "View", "Zstd", "concatenated", "cut", "decode", "encode",
+    "Service", "Threat", "TopK", "Transport", "View", "Zstd", "apart_round", "concatenated", "cut", "decode", "encode",
     "epochs_of", "evaluate", "fedavg_round", "fit", "in_turn_round", "join", "load_checkpoint", "mean", "observe",
     "parallel", "parallel_round", "predict", "save_checkpoint", "serve", "splitfed_v1_round", "splitfed_v2_round",
     "splitfed_v3_round", "summed", "u_shaped", "vanilla", "vertical", "wire",

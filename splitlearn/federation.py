@@ -18,8 +18,8 @@ from splitlearn.protocols import parallel, vanilla
 from splitlearn.wire import Transport, keyed, named
 
 __all__ = [
-    "Aggregator", "FedMember", "Member", "RemoteMember", "Round", "batch_norm_entries", "fedavg_round", "in_turn_round",
-    "mean", "parallel_round", "sample", "splitfed_v1_round", "splitfed_v2_round", "splitfed_v3_round",
+    "Aggregator", "FedMember", "Member", "RemoteMember", "Round", "apart_round", "batch_norm_entries", "fedavg_round",
+    "in_turn_round", "mean", "parallel_round", "sample", "splitfed_v1_round", "splitfed_v2_round", "splitfed_v3_round",
 ]  # fmt: skip
 
 Weights = dict[str, Tensor]
@@ -128,10 +128,11 @@ def mean(weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> Weig
 
 @dataclass(frozen=True)
 class Round:
-    """Who took part in a round with how many samples, and who dropped out of it."""
+    """Who took part in a round with how many samples, who dropped out, and the mean loss where the server knows it."""
 
     counts: dict[str, int]
     dropped: tuple[str, ...] = ()
+    loss: float = float("nan")
 
 
 def fedavg_round(members: Sequence[FedMember], model: Party, *, aggregate: Aggregator = mean) -> Round:
@@ -199,35 +200,40 @@ def splitfed_v3_round(
 ) -> Round:
     """Bottoms stay with their members, only the tops are averaged (Gawali et al. 2020, arXiv:2012.12591)."""
     start = top.weights()
+    for member in members:
+        sessions[member.name].load_weights(start)
+    done = apart_round(members)
+    top.load_weights(aggregate([sessions[name].weights() for name in done.counts], list(done.counts.values())))
+    return done
+
+
+def in_turn_round(members: Sequence[FedMember], bottom: Party) -> Round:
+    """Vanilla split learning with several clients in turn: each starts from the bottom that the last one left.
+
+    (Gupta & Raskar 2018, arXiv:1810.06060.) ``bottom`` gives the first member's start and takes the last one's
+    weights. Optimizer states are never handed over.
+    """
+    weights: Mapping[str, Tensor] = bottom.weights()
     results: dict[str, tuple[Weights, int]] = {}
     dropped: list[str] = []
     for member in members:
-        sessions[member.name].load_weights(start)
-        found, lost = _collect([member], member.learner.weights(), needed=0)
-        results |= found
+        finished, lost = _collect([member], weights, needed=0)
+        results |= finished
         dropped += lost
-    _, counts = _columns(results)
-    top.load_weights(aggregate([sessions[name].weights() for name in results], counts))
+        weights = finished[member.name][0] if finished else weights
+    _columns(results)
+    bottom.load_weights(weights)
     return _round(results, dropped)
 
 
-def in_turn_round(members: Sequence[Member], *, hand_over: bool = True) -> Round:
-    """Vanilla split learning with several clients, one after the other (Gupta & Raskar 2018, arXiv:1810.06060).
-
-    With ``hand_over`` each member starts from the bottom that the one before it left, the first from the last
-    one's; without, each keeps a bottom of its own. Optimizer states are never handed over.
-    """
+def apart_round(members: Sequence[Member]) -> Round:
+    """Several clients in turn against one server, each with a bottom of its own; nothing is handed over."""
     results: dict[str, tuple[Weights, int]] = {}
     dropped: list[str] = []
-    weights = members[0].learner.weights() if members else {}
     for member in members:
-        found, lost = _collect([member], weights if hand_over else member.learner.weights(), needed=0)
-        results |= found
+        finished, lost = _collect([member], member.learner.weights(), needed=0)
+        results |= finished
         dropped += lost
-        if member.name in found:
-            weights = found[member.name][0]
-    if hand_over and results:
-        members[0].learner.load_weights({**weights, **_own(members[0])})
     _columns(results)
     return _round(results, dropped)
 
@@ -250,17 +256,18 @@ def parallel_round(
         for client in clients:
             client.load_weights(start)
     queues = [iter(own) for own in batches]
-    counts = dict.fromkeys((client.name for client in clients), 0)
+    counts, total = dict.fromkeys((client.name for client in clients), 0), 0.0
     while True:
         ready = [(client, batch) for client, queue in zip(clients, queues, strict=True) if (batch := next(queue, None))]
         if not ready:
             break
-        parallel([client for client, _ in ready], server, [batch for _, batch in ready])
+        loss = parallel([client for client, _ in ready], server, [batch for _, batch in ready])
         for client, (x, _) in ready:
             counts[client.name] += len(x)
+        total += loss.item() * sum(len(x) for _, (x, _) in ready)
     if bottom is not None:
         bottom.load_weights(aggregate([client.weights() for client in clients], list(counts.values())))
-    return Round(counts)
+    return Round(counts, loss=total / sum(counts.values()))
 
 
 def sample(members: Sequence[Any], count: int, generator: torch.Generator) -> list[Any]:
@@ -276,11 +283,6 @@ def batch_norm_entries(stage: nn.Module) -> frozenset[str]:
     kinds = nn.modules.batchnorm._BatchNorm
     layers = [(name, layer) for name, layer in stage.named_modules() if isinstance(layer, kinds)]
     return frozenset(f"{name}.{entry}" if name else entry for name, layer in layers for entry in layer.state_dict())
-
-
-def _own(member: Member) -> Weights:
-    own = member.learner.weights()
-    return {name: own[name] for name in member.local}
 
 
 def _collect(

@@ -15,7 +15,6 @@ from enum import StrEnum
 from math import prod
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +28,7 @@ MAX_HEADER_NBYTES = 1 << 20
 MAX_NBYTES = 1 << 30
 MAX_DIMS = 8
 STEP_DIGITS = 12  # fixed width, or byte counts drift with the step
+PART = "#"  # a codec's parts of a tensor cross as key#part
 
 DTYPES = {
     "F64": torch.float64,
@@ -63,15 +63,13 @@ class Kind(StrEnum):
     @classmethod
     def of(cls, key: str) -> "Kind":
         """Return the kind of a message's key; raises ``ValueError`` for one outside the closed set."""
-        try:
-            kind = cls(key.partition("/")[0])
-        except ValueError:
-            kind = cls.FRAMING
-        if kind is cls.FRAMING:
-            raise ValueError(
-                f"expected a key that starts with one of {', '.join(k for k in cls if k != 'framing')}; got {key!r}"
-            )
+        kind = KINDS.get(key.partition("/")[0])
+        if kind is None:
+            raise ValueError(f"expected a key that starts with one of {', '.join(KINDS)}; got {_short(key)}")
         return kind
+
+
+KINDS = {kind.value: kind for kind in Kind if kind is not Kind.FRAMING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,40 +101,31 @@ class Codec(Protocol):
 
 
 def encode(message: Message, codec: Codec | None = None) -> bytes:
-    """Return the message as one frame; ``codec`` packs the floating-point tensors of its kinds."""
+    """Return the message as one frame; ``codec`` packs the floating-point tensors of its kinds.
+
+    Raises ``ValueError`` for what no frame can hold: a key of no ``Kind``, a type not in ``DTYPES``, more than eight
+    dimensions, a step that is negative or of more than twelve digits, a header of more than 1 MiB.
+    """
+    if not 0 <= message.step < 10**STEP_DIGITS:
+        raise ValueError(f"expected a step from 0 to 10^{STEP_DIGITS} - 1, got {message.step}; count requests from 1")
     metadata = {"verb": message.verb, "session": message.session, "step": f"{message.step:0{STEP_DIGITS}d}"}
-    tensors, packed = message.tensors, {}
+    tensors: dict[str, Tensor] = {}
+    packed: dict[str, list[Any]] = {}
+    for key, tensor in message.tensors.items():
+        kind = Kind.of(key)
+        if tensor.dtype not in DTYPE_NAMES or tensor.ndim > MAX_DIMS or PART in key:
+            raise ValueError(
+                f"expected a tensor of type {', '.join(DTYPES)}, of at most {MAX_DIMS} dimensions, under a key without "
+                f"{PART!r}; got {tensor.dtype} of {tensor.ndim} dimensions under {_short(key)}; cast, reshape or rename"
+            )
+        if codec is not None and kind in codec.kinds and tensor.is_floating_point():
+            packed[key] = [DTYPE_NAMES[tensor.dtype], list(tensor.shape)]
+            tensors.update({f"{key}{PART}{part}": t for part, t in codec.pack(key, tensor.detach()).items()})
+        else:
+            tensors[key] = tensor
     if codec is not None:
-        tensors = {}
-        for key, tensor in message.tensors.items():
-            if Kind.of(key) in codec.kinds and tensor.is_floating_point():
-                packed[key] = [DTYPE_NAMES[tensor.dtype], list(tensor.shape)]
-                tensors.update({f"{key}#{part}": t for part, t in codec.pack(key, tensor.detach()).items()})
-            else:
-                tensors[key] = tensor
-        metadata |= {"codec": codec.name, "packed": json.dumps(packed, separators=(",", ":"))}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    chunks, offset = [], 0
-    for key, tensor in tensors.items():
-        Kind.of(key)
-        if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"expected a tensor of type {', '.join(DTYPES)}; got {tensor.dtype} for {key!r}; cast it")
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        end = offset + flat.nbytes
-        header[key] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        chunks.append(flat.data)
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_NBYTES:
-        raise ValueError(f"expected a header of at most {MAX_HEADER_NBYTES} bytes, got {len(text)}; send fewer tensors")
-    body = LENGTH.pack(len(text)) + text
-    crc = zlib.crc32(body, zlib.crc32(PRELUDE.pack(MAGIC, VERSION, 0, 0, 0, offset)))
-    return b"".join([PRELUDE.pack(MAGIC, VERSION, 0, crc, 0, offset), body, *chunks])
+        metadata |= {"codec": codec.name, "packed": _write(packed)}
+    return _frame(metadata, tensors)
 
 
 def decode(
@@ -144,75 +133,88 @@ def decode(
 ) -> Message:
     """Return the message in ``frame``, its tensors in fresh memory.
 
-    Every malformed frame is one ``ValueError``. At most ``max_nbytes`` are taken for a tensor, packed or not.
-    The payload is not checked here: files check theirs by checksum, sockets by TLS.
+    Every malformed frame is one ``ValueError``. At most ``max_nbytes`` are taken for its tensors, as they cross
+    and as they are unpacked. The payload is not checked here: files check theirs by checksum, sockets by TLS.
     """
-    header, start = _header(frame)
+    view = memoryview(frame)
+    header, start = _header(view)
     metadata = _metadata(header)
-    end = len(frame) - start
-    tensors: dict[str, Tensor] = {}
-    at = 0
-    for key, entry in header.items():
-        dtype, shape, (low, high) = _entry(key, entry, max_nbytes)
-        if low != at:
-            raise ValueError(f"malformed frame: expected {key!r} at byte {at} of the payload, got {low}")
-        if high > end:
-            raise ValueError(f"malformed frame: {key!r} ends at byte {high} of a payload of {end}")
-        tensors[key] = _tensor(frame, start + low, high - low, dtype, shape)
-        at = high
-    if at != end:
-        raise ValueError(f"malformed frame: expected a payload of {at} bytes, got {end}")
+    tensors = {
+        key: _tensor(view[start + low : start + high], dtype, shape)
+        for key, dtype, shape, low, high in _layout(header, len(view) - start, max_nbytes)
+    }
     if metadata["codec"] is not None:
         tensors = _unpacked(tensors, metadata, codec, max_nbytes)
     for key in tensors:
-        if "#" in key:
-            raise ValueError(f"malformed frame: {key!r} is a part of no packed tensor")
+        if PART in key:
+            raise ValueError(f"malformed frame: {_short(key)} is a part of no packed tensor")
     return Message(metadata["verb"], tensors, metadata["session"], metadata["step"])
 
 
 def frame_nbytes(frame: bytes | bytearray | memoryview) -> Counter[str]:
-    """Return the frame's bytes by kind of tensor; what is left, header and padding, counts as ``framing``."""
-    header, _ = _header(frame)
+    """Return the frame's bytes by kind of tensor; what is left, header and padding, counts as ``framing``.
+
+    The counts add up to ``len(frame)``; a malformed header is a ``ValueError``.
+    """
+    header, start = _header(memoryview(frame))
     header.pop("__metadata__", None)
     counts: Counter[str] = Counter()
-    for key, entry in header.items():
-        _, _, (low, high) = _entry(key, entry, MAX_NBYTES)
-        counts[Kind.of(key).value] += high - low
-    counts[Kind.FRAMING.value] = len(frame) - sum(counts.values())
+    for key, _, _, low, high in _layout(header, len(frame) - start, len(frame)):
+        counts[Kind.of(key.partition(PART)[0]).value] += high - low
+    counts[Kind.FRAMING.value] = start
     return counts
 
 
-def _header(frame: bytes | bytearray | memoryview) -> tuple[dict[str, Any], int]:
+def _frame(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata}
+    chunks, at = [], 0
+    for key, tensor in tensors.items():
+        raw = tensor.detach().cpu().contiguous()
+        end = at + raw.nbytes
+        header[key] = {"dtype": DTYPE_NAMES[raw.dtype], "shape": list(raw.shape), "data_offsets": [at, end]}
+        chunks.append(_numpy(raw).data)
+        at = end
+    text = _write(header).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_NBYTES:
+        raise ValueError(f"expected a header of at most {MAX_HEADER_NBYTES} bytes, got {len(text)}; send fewer tensors")
+    body = LENGTH.pack(len(text)) + text
+    crc = zlib.crc32(body, zlib.crc32(PRELUDE.pack(MAGIC, VERSION, 0, 0, 0, at)))
+    return b"".join([PRELUDE.pack(MAGIC, VERSION, 0, crc, 0, at), body, *chunks])
+
+
+def _header(view: memoryview) -> tuple[dict[str, Any], int]:
     """Return the checked JSON header and the offset at which the payload starts."""
     least = PRELUDE.size + LENGTH.size
-    if len(frame) < least:
-        raise ValueError(f"malformed frame: expected at least {least} bytes, got {len(frame)}")
-    magic, version, zero, crc, zero2, payload = PRELUDE.unpack_from(frame)
-    if magic != MAGIC:
-        raise ValueError(f"malformed frame: expected it to start with {MAGIC!r}, got {bytes(magic)!r}")
+    if len(view) < least:
+        raise ValueError(f"malformed frame: expected at least {least} bytes, got {len(view)}")
+    magic, version, zero, crc, zero2, payload = PRELUDE.unpack_from(view)
+    if magic != MAGIC or zero or zero2:
+        raise ValueError(f"malformed frame: expected it to start with {MAGIC!r}, reserved bytes zero; got {magic!r}")
     if version != VERSION:
         raise ValueError(f"malformed frame: expected version {VERSION}, got {version}; run one release on both ends")
-    (length,) = LENGTH.unpack_from(frame, PRELUDE.size)
+    (length,) = LENGTH.unpack_from(view, PRELUDE.size)
     start = least + length
-    if length > MAX_HEADER_NBYTES or start + payload != len(frame):
+    if length > MAX_HEADER_NBYTES or start + payload != len(view):
         raise ValueError(
-            f"malformed frame: its header of {length} and payload of {payload} bytes do not make up the {len(frame)} "
+            f"malformed frame: its header of {length} and payload of {payload} bytes do not make up the {len(view)} "
             "bytes that came; it was cut short, or its lengths are wrong"
         )
-    with memoryview(frame) as view:
-        found = zlib.crc32(
-            view[PRELUDE.size : start], zlib.crc32(PRELUDE.pack(magic, version, zero, 0, zero2, payload))
-        )
-        text = bytes(view[least:start])
+    found = zlib.crc32(view[PRELUDE.size : start], zlib.crc32(PRELUDE.pack(magic, version, 0, 0, 0, payload)))
     if found != crc:
         raise ValueError(f"malformed frame: expected header checksum {crc:08x}, got {found:08x}; send it again")
+    return _object(bytes(view[least:start]), "header"), start
+
+
+def _object(text: bytes, what: str) -> dict[str, Any]:
+    """Return the JSON object in ``text``, no key of which stands twice."""
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        found = _read(text.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"malformed frame: its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"malformed frame: expected a JSON object as header, got {type(header).__name__}")
-    return header, start
+        raise ValueError(f"malformed frame: its {what} is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"malformed frame: expected a JSON object as {what}, got {type(found).__name__}")
+    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -222,59 +224,74 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_read = json.JSONDecoder(object_pairs_hook=_unique).decode  # built once: json.loads builds one a call
+_write = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def _metadata(header: dict[str, Any]) -> dict[str, Any]:
     """Take the metadata out of the header and return its checked fields."""
     metadata = header.pop("__metadata__", None)
-    names = ("verb", "session", "step")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("malformed frame: expected metadata that maps strings to strings")
-    if not set(names) <= set(metadata) <= {*names, "codec", "packed"} or ("codec" in metadata) != (
-        "packed" in metadata
-    ):
-        raise ValueError(f"malformed frame: expected metadata {', '.join(names)}; got {', '.join(metadata)}")
+    if metadata.keys() - {"codec", "packed"} != {"verb", "session", "step"} or len(metadata) not in (3, 5):
+        raise ValueError("malformed frame: expected metadata verb, session and step, and with a codec its packed list")
     step = metadata["step"]
     if len(step) != STEP_DIGITS or not (step.isascii() and step.isdigit()):
-        raise ValueError(f"malformed frame: expected a step of {STEP_DIGITS} digits, got {step[:40]!r}")
+        raise ValueError(f"malformed frame: expected a step of {STEP_DIGITS} digits, got {_short(step)}")
     return {"codec": None, **metadata, "step": int(step)}
 
 
-def _entry(key: str, entry: Any, max_nbytes: int) -> tuple[torch.dtype, tuple[int, ...], tuple[int, int]]:
-    """Return the checked type, shape and place of one tensor."""
-    Kind.of(key)
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"malformed frame: expected dtype, shape and data_offsets for {key!r}")
-    dtype, shape = _type_and_shape(key, entry["dtype"], entry["shape"])
-    offsets = entry["data_offsets"]
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)):
-        raise ValueError(f"malformed frame: expected two byte offsets for {key!r}")
-    nbytes = prod(shape) * dtype.itemsize
-    if nbytes > max_nbytes or offsets[1] - offsets[0] != nbytes:
-        raise ValueError(
-            f"malformed frame: {key!r} of shape {shape} takes {nbytes} bytes, its place has {offsets[1] - offsets[0]}, "
-            f"the limit is {max_nbytes}"
-        )
-    return dtype, shape, (offsets[0], offsets[1])
+def _layout(
+    header: dict[str, Any], nbytes: int, max_nbytes: int
+) -> list[tuple[str, torch.dtype, tuple[int, ...], int, int]]:
+    """Return key, type, shape, start and end of each tensor, after a check that they fill the payload in order."""
+    places, at = [], 0
+    for key, entry in header.items():
+        Kind.of(key.partition(PART)[0])
+        if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"malformed frame: expected dtype, shape and data_offsets for {_short(key)}")
+        dtype, shape = _type_and_shape(key, entry["dtype"], entry["shape"], max_nbytes)
+        end = at + prod(shape) * dtype.itemsize
+        if entry["data_offsets"] != [at, end] or end > nbytes:
+            raise ValueError(
+                f"malformed frame: expected {_short(key)} at bytes {at} to {end} of a payload of {nbytes}; its place, "
+                "its shape or its type is wrong"
+            )
+        places.append((key, dtype, shape, at, end))
+        at = end
+    if at != nbytes:
+        raise ValueError(f"malformed frame: expected a payload of {at} bytes, got {nbytes}")
+    return places
 
 
-def _type_and_shape(key: str, name: Any, shape: Any) -> tuple[torch.dtype, tuple[int, ...]]:
-    if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"malformed frame: expected a type among {', '.join(DTYPES)} for {key!r}, got {name!r}")
-    if not (
-        isinstance(shape, list) and len(shape) <= MAX_DIMS and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
-    ):
-        raise ValueError(f"malformed frame: expected at most {MAX_DIMS} sizes below 2^40 as shape of {key!r}")
-    return DTYPES[name], tuple(shape)
+def _type_and_shape(key: str, name: Any, shape: Any, max_nbytes: int) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Return the checked type and shape. Sizes of zero count as one: torch multiplies the others all the same."""
+    if type(name) is not str or name not in DTYPES:
+        raise ValueError(f"malformed frame: expected a type among {', '.join(DTYPES)} for {_short(key)}")
+    if type(shape) is not list or len(shape) > MAX_DIMS:
+        raise ValueError(f"malformed frame: expected a list of at most {MAX_DIMS} sizes as shape of {_short(key)}")
+    dtype, extent = DTYPES[name], 1
+    for size in shape:
+        if type(size) is not int or not 0 <= size < 1 << 40:
+            raise ValueError(f"malformed frame: expected sizes from 0 to 2^40 as shape of {_short(key)}")
+        extent *= size or 1
+    if extent * dtype.itemsize > max_nbytes and extent > 1:
+        raise ValueError(f"malformed frame: {_short(key)} of shape {shape} is over the limit of {max_nbytes} bytes")
+    return dtype, tuple(shape)
 
 
-def _tensor(
-    frame: bytes | bytearray | memoryview, at: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]
-) -> Tensor:
-    flat = torch.empty(nbytes, dtype=torch.uint8)  # fresh and aligned: alignment changes float64 matrix products
-    if nbytes:
-        flat.numpy()[:] = np.frombuffer(frame, np.uint8, nbytes, at)
-    if dtype is torch.bool and nbytes and int(flat.max()) > 1:
+def _tensor(raw: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)  # fresh and aligned: alignment changes float64 matrix products
+    if len(raw):
+        _numpy(tensor).data.cast("B")[:] = raw
+    if dtype is torch.bool and len(raw) and int(tensor.view(torch.uint8).max()) > 1:
         raise ValueError("malformed frame: a truth value is neither 0 nor 1")
-    return flat.view(dtype).reshape(shape)
+    return tensor
+
+
+def _numpy(tensor: Tensor) -> Any:
+    """Return the tensor's memory as an array; numpy has no bfloat16."""
+    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
 def _unpacked(
@@ -282,33 +299,31 @@ def _unpacked(
 ) -> dict[str, Tensor]:
     """Return the tensors with each packed one put back in its place."""
     if codec is None or codec.name != metadata["codec"]:
-        ours = "none" if codec is None else codec.name
         raise ValueError(
-            f"expected a frame packed by codec {ours}, got {metadata['codec'][:80]}; give both ends the same codec"
+            f"expected a frame packed by codec {'none' if codec is None else codec.name}, got "
+            f"{_short(metadata['codec'])}; give both ends the same codec"
         )
-    try:
-        packed = json.loads(metadata["packed"], object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"malformed frame: its list of packed tensors is not JSON ({error})") from error
-    if not isinstance(packed, dict) or not all(
-        isinstance(entry, list) and len(entry) == 2 for entry in packed.values()
-    ):
-        raise ValueError("malformed frame: expected a type and a shape for each packed tensor")
+    packed = _object(metadata["packed"].encode(errors="replace"), "list of packed tensors")
     parts: dict[str, dict[str, Tensor]] = {key: {} for key in packed}
     result = {}
     for key, tensor in tensors.items():
-        owner, mark, part = key.rpartition("#")
+        owner, mark, part = key.partition(PART)
         if mark and owner in parts:
             parts[owner][part] = tensor
         else:
             result[key] = tensor
-    for key, (name, shape) in packed.items():
-        dtype, sizes = _type_and_shape(key, name, shape)
-        if Kind.of(key) not in codec.kinds or key in result:
-            raise ValueError(f"malformed frame: {key!r} is not packed by codec {codec.name}, or stands twice")
-        if prod(sizes) * dtype.itemsize > max_nbytes:
-            raise ValueError(
-                f"malformed frame: {key!r} of shape {sizes} unpacks to more than the limit of {max_nbytes} bytes"
-            )
-        result[key] = codec.unpack(parts[key], dtype, sizes)
+    left = max_nbytes
+    for key, entry in packed.items():
+        if type(entry) is not list or len(entry) != 2:
+            raise ValueError(f"malformed frame: expected a type and a shape for {_short(key)}")
+        dtype, shape = _type_and_shape(key, *entry, left)
+        if Kind.of(key) not in codec.kinds or key in result or not dtype.is_floating_point:
+            raise ValueError(f"malformed frame: {_short(key)} is not packed by {codec.name}, or stands twice")
+        result[key] = codec.unpack(parts[key], dtype, shape)
+        left -= result[key].nbytes
     return result
+
+
+def _short(text: str) -> str:
+    """Return what came from outside, quoted and fit for one line."""
+    return repr(text[:80])

@@ -1,7 +1,6 @@
 """The model zoo: each model is an ``nn.Sequential`` of named layers that can be cut at every boundary.
 
-Nothing works in place, one tensor crosses each boundary, and weights start as torch's defaults: seed torch
-before building.
+Nothing works in place, one tensor crosses each boundary, and weights start as torch's defaults (seed it first).
 """
 
 from collections import OrderedDict

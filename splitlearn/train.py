@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from splitlearn.checkpoint import load_checkpoint, save_checkpoint
-from splitlearn.party import Party
 
-__all__ = ["Batches", "History", "Progress", "Stateful", "epochs_of", "evaluate", "fit", "predict"]
+__all__ = ["Batches", "History", "Predictor", "Progress", "Stateful", "epochs_of", "evaluate", "fit", "predict"]
 
 Progress = Callable[[int, int, float, float | None], None]  # epoch done, epochs in all, loss, score
 
@@ -24,6 +23,13 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
+
+
+class Predictor(Protocol):
+    """What a prediction passes through: any party, or several asked as one."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Return the output for ``x`` in evaluation mode."""
 
 
 class Batches:
@@ -130,7 +136,7 @@ def fit(
     return history
 
 
-def predict(chain: Sequence[Party], x: Tensor, *, batch_size: int = 256) -> Tensor:
+def predict(chain: Sequence[Predictor], x: Tensor, *, batch_size: int = 256) -> Tensor:
     """Return the outputs of the parties, bottom first, one after the other, on ``x``; in evaluation mode."""
     outputs = []
     for part in x.split(batch_size):
@@ -140,7 +146,7 @@ def predict(chain: Sequence[Party], x: Tensor, *, batch_size: int = 256) -> Tens
     return torch.cat(outputs)
 
 
-def evaluate(chain: Sequence[Party], x: Tensor, y: Tensor, *, batch_size: int = 256) -> dict[str, float]:
+def evaluate(chain: Sequence[Predictor], x: Tensor, y: Tensor, *, batch_size: int = 256) -> dict[str, float]:
     """Return accuracy, macro-F1 and, where defined, AUC of the parties' joint prediction on (x, y)."""
     from splitlearn.metrics import utility
 

@@ -55,7 +55,7 @@ def load_cifar10(archive: str | Path) -> Dataset:
 
 
 def read_batch(raw: bytes, where: str) -> tuple[Tensor, Tensor]:
-    """Return images, uint8 [N, 3, 32, 32], and labels, int64 [N], of one pickled batch; ``where`` begins every error."""
+    """Return the images, uint8 [N, 3, 32, 32], and labels, int64 [N], of one batch; ``where`` begins an error."""
     batch = _unpickled(raw, where)
     pixels, labels = (batch.get(b"data"), batch.get(b"labels")) if isinstance(batch, dict) else (None, None)
     if not isinstance(pixels, _Array) or not isinstance(labels, list):
@@ -76,7 +76,7 @@ def _unpickled(raw: bytes, where: str) -> Any:
 
     try:
         for opcode, argument, _ in pickletools.genops(raw):
-            if opcode.name.endswith("PUT") and int(argument) > len(raw):  # the memo is as long as its greatest place
+            if opcode.name.endswith("PUT") and (argument or 0) > len(raw):  # the memo is as long as its greatest place
                 raise ValueError(f"place {argument} in the memo")
         return _Restricted(io.BytesIO(raw), encoding="bytes").load()
     except Exception as error:  # a hostile pickle can raise anything at all

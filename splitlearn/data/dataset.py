@@ -76,7 +76,9 @@ class Dataset:
         return len(self.x)
 
     def __repr__(self) -> str:
-        return f"Dataset({self.name}: {len(self)} {self.kind} rows {tuple(self.x.shape[1:])}, {self.num_classes} classes)"
+        return (
+            f"Dataset({self.name}: {len(self)} {self.kind} rows {tuple(self.x.shape[1:])}, {self.num_classes} classes)"
+        )
 
     def subset(self, rows: Tensor | Sequence[int]) -> "Dataset":
         """Return a copy of these rows, numbered by their place here, in the order given; ``ids`` stay theirs."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from splitlearn.data.dataset import Dataset
-from splitlearn.data.opening import INFLATION, opened
+from splitlearn.data.opening import INFLATION, opened, read_most
 
 __all__ = ["load_idx", "read_idx"]
 
@@ -35,7 +35,9 @@ def load_idx(
         held_x, held_y = _pair(Path(test_images), Path(test_labels))
         if held_x.shape[1:] != x.shape[1:]:
             expected, got = tuple(x.shape[1:]), tuple(held_x.shape[1:])
-            raise ValueError(f"{test_images}: expected images of {expected} as in {images}, got {got}; use one data set")
+            raise ValueError(
+                f"{test_images}: expected images of {expected} as in {images}, got {got}; use one data set"
+            )
         num_train, x, y = len(x), torch.cat([x, held_x]), torch.cat([y, held_y])
     scaled = x.unsqueeze(1).float().div_(255)
     return Dataset(name, scaled, y.long(), num_classes, "image", torch.arange(len(x)), num_train)
@@ -57,11 +59,12 @@ def read_idx(path: Path, *, ndim: int) -> Tensor:
         nbytes, there = prod(shape), path.stat().st_size
         if nbytes > there * INFLATION:
             raise ValueError(f"{path}: promises {nbytes} bytes, {there} cannot hold them; fetch the file again")
-        content = file.read(nbytes + 1)  # one more, so that what follows is noticed and gzip checks its CRC
+        content = read_most(file, nbytes + 1)  # one more, so that what follows is noticed and gzip checks its CRC
     if len(content) != nbytes:
         got = "more" if len(content) > nbytes else f"{len(content)}"
         raise ValueError(f"{path}: expected {nbytes} bytes for shape {tuple(shape)}, got {got}; fetch the file again")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(shape) if nbytes else torch.empty(shape)
+    flat = torch.frombuffer(content, dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
+    return flat.reshape(shape)
 
 
 def _pair(images: Path, labels: Path) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,7 @@ def iid(n: int, clients: int, seed: int) -> list[Tensor]:
     return [_rows(part) for part in np.array_split(np.random.default_rng(seed).permutation(n), clients)]
 
 
-def dirichlet(
-    y: Tensor, clients: int, alpha: float, seed: int, min_rows: int = 1, retries: int = 100
-) -> list[Tensor]:
+def dirichlet(y: Tensor, clients: int, alpha: float, seed: int, min_rows: int = 1, retries: int = 100) -> list[Tensor]:
     """Return rows with skewed labels: each class is dealt in proportions drawn from a Dirichlet (alpha, …, alpha).
 
     Yurochkin et al. 2019 (arXiv:1905.12022), as in Li et al. 2021 (arXiv:2102.02079). A small ``alpha`` gives each
@@ -79,7 +77,7 @@ def by_group(groups: Tensor, clients: int, seed: int) -> list[Tensor]:
 
 
 def vertical(num_features: int, clients: int) -> list[Tensor]:
-    """Return the columns of a table (``x[:, columns]``) or an image (``x[..., columns]``) by client, neighbours together."""
+    """Return the columns of a table, ``x[:, columns]``, or an image, ``x[..., columns]``, neighbours together."""
     _check_clients(num_features, clients, "columns")
     return [_rows(part) for part in np.array_split(np.arange(num_features), clients)]
 

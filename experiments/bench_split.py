@@ -1,0 +1,120 @@
+"""What splitting costs in time: a vanilla step over real frames against the same step unsplit, paired in one run."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from splitlearn.cut import cut
+from splitlearn.frames import Message, encode
+from splitlearn.models import digits_cnn, resnet18
+from splitlearn.party import Learner
+from splitlearn.protocols import vanilla
+from splitlearn.wire import Framed, Remote, Service, serve
+
+__all__ = ["split_overhead"]
+
+Step = Callable[[], object]
+
+
+def split_overhead(*, digits_rounds: int = 400, resnet_rounds: int = 8) -> dict[str, Any]:
+    """Return time ratios of one training step, and the bytes that a frame adds to a 64 KB activation.
+
+    ``ratio_resnet18_b32``: split over unsplit. ``ratio_digits_b64``: split over a bare loop of the same stages
+    with safetensors frames; ``ratio_digits_bare``: that bare loop over unsplit. Each is the median over rounds
+    of the ratio of neighbouring steps; frames are encoded and decoded in all of them.
+    """
+    digits = _ratios(digits_cnn(), "relu2", torch.rand(64, 1, 8, 8), digits_rounds)
+    resnet = _ratios(resnet18(), "block2", torch.rand(32, 3, 32, 32), resnet_rounds)
+    activation = torch.rand(64, 256)
+    frame = encode(Message("forward", {"activation": activation}, "server", 1))
+    return {
+        "ratio_resnet18_b32": resnet["split_over_unsplit"],
+        "ratio_digits_b64": digits["split_over_bare"],
+        "ratio_digits_bare": digits["bare_over_unsplit"],
+        "frame_overhead_64k": len(frame) / (activation.numel() * activation.element_size()) - 1,
+        "digits_split_over_unsplit": digits["split_over_unsplit"],
+        "resnet18_split_over_bare": resnet["split_over_bare"],
+        "digits_unsplit_ms": digits["unsplit_ms"],
+        "resnet18_unsplit_ms": resnet["unsplit_ms"],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _ratios(model: nn.Sequential, at: str, x: Tensor, rounds: int) -> dict[str, float]:
+    y = torch.randint(0, 10, (len(x),))
+    steps = {
+        "unsplit": _unsplit(copy.deepcopy(model), x, y),
+        "bare": _bare(copy.deepcopy(model), at, x, y),
+        "split": _split(copy.deepcopy(model), at, x, y),
+    }
+    for step in steps.values():  # warm up
+        step(), step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for number in range(rounds):
+        for name in order[number % 3 :] + order[: number % 3]:  # no step always follows the same one
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - start)
+
+    def ratio(over: str, under: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+
+    return {
+        "split_over_unsplit": ratio("split", "unsplit"),
+        "split_over_bare": ratio("split", "bare"),
+        "bare_over_unsplit": ratio("bare", "unsplit"),
+        "unsplit_ms": 1000 * statistics.median(seconds["unsplit"]),
+    }
+
+
+def _optimizer(stage: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(stage.parameters(), lr=0.01, momentum=0.9)
+
+
+def _unsplit(model: nn.Sequential, x: Tensor, y: Tensor) -> Step:
+    optimizer = _optimizer(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def _bare(model: nn.Sequential, at: str, x: Tensor, y: Tensor) -> Step:
+    """What a careful user would write by hand: two stages, two optimizers, safetensors in between."""
+    bottom, top = cut(model, at)
+    below, above = _optimizer(bottom), _optimizer(top)
+
+    def step() -> None:
+        sent = bottom(x)
+        request = safetensors.torch.load(safetensors.torch.save({"activation": sent.detach(), "label": y}))
+        z = request["activation"].requires_grad_()
+        above.zero_grad()
+        loss = cross_entropy(top(z), request["label"])
+        loss.backward()
+        above.step()
+        assert z.grad is not None
+        reply = safetensors.torch.load(safetensors.torch.save({"gradient": z.grad, "loss": loss.detach()}))
+        below.zero_grad()
+        sent.backward(reply["gradient"])
+        below.step()
+
+    return step
+
+
+def _split(model: nn.Sequential, at: str, x: Tensor, y: Tensor) -> Step:
+    bottom, top = cut(model, at)
+    client = Learner("client", bottom, _optimizer(bottom))
+    service = Service({"server": Learner("server", top, _optimizer(top))})
+    server = Remote("server", Framed(serve(service)), "server")
+    return lambda: vanilla(client, server, x, y)

@@ -1,0 +1,83 @@
+"""Groups of commands that know their near names, and the edge at which an error becomes one line."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+__all__ = ["Commands", "Program", "unknown"]
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def unknown(kind: str, name: str, among: Iterable[str]) -> LookupError:
+    """Return the error for a name that is not ``among`` those there are; it lists the near ones, or all."""
+    names = list(among)
+    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names) or '(none)'}"
+    return LookupError(f"no {kind} is named {name!r}: {hint}")
+
+
+class Commands(TyperGroup):
+    """A group whose members are named ``kind``; one that is not there is an error that lists the near ones."""
+
+    kind = "command"
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that ``args`` name; ``LookupError`` where there is none."""
+        names = self.list_commands(ctx)
+        if args[0] not in names and not args[0].startswith("-"):
+            raise unknown(self.kind, args[0], names)
+        return super().resolve_command(ctx, args)
+
+
+class _Failure(typer.TyperException):
+    """What ends the program: its one line, and the exit code."""
+
+    def __init__(self, line: str, exit_code: int):
+        super().__init__(line)
+        self.exit_code = exit_code
+
+
+class Program(Commands):
+    """The whole program. Errors of users become one line on stderr, other errors keep their traceback.
+
+    Exit codes: 2 for bad input, 130 when interrupted, else what the command says. The parameter ``debug`` of
+    its callback shows every traceback.
+    """
+
+    def main(self, args: Sequence[str] | None = None, *arguments: Any, **options: Any) -> NoReturn:
+        """Run the command that ``args`` name and leave the program."""
+        options["standalone_mode"] = False
+        try:
+            code = super().main(args, *arguments, **options)
+        except typer.TyperException as error:  # a command that cannot be read, or a _Failure
+            print(f"error: {_one_line(error.format_message())}", file=sys.stderr)  # noqa: T201
+            sys.exit(error.exit_code)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; what it raises becomes a line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Failure(str(error) or "interrupted", INTERRUPTED) from error
+        except BrokenPipeError:  # the reader has seen enough: `splitlearn list | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (ValueError, LookupError, OSError, typer.TyperException) as error:
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            line = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+            if type(error) in (KeyError, IndexError):  # hardly the user's doing: say at least what it was
+                line = f"{type(error).__name__}: {line}; this is a mistake of ours: --debug shows where it happened"
+            raise _Failure(line, BAD_INPUT) from error
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,37 @@
+"""What an experiment is: a question, its options, and the trials that answer it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.runner import Task
+
+__all__ = ["Experiment", "Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every experiment is asked: on which data, over which seeds, where and how."""
+
+    data: str = "digits"
+    data_dir: Path | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    device: str = "auto"
+    out: Path = Path("runs")
+    jobs: int = 0  # trials at once; 0: one a core
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question that `splitlearn run NAME` answers.
+
+    ``config`` is a frozen dataclass of options: the command line is made from its fields, each of which has a
+    default and its help text in ``field(metadata={"help": …})``. ``tasks(config, options)`` returns one task a
+    trial; it checks every name first, so that nothing starts on bad input.
+    """
+
+    name: str
+    summary: str
+    config: type
+    tasks: Callable[[Any, Options], list[Task]]

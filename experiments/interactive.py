@@ -1,0 +1,150 @@
+"""The trade-off as an interactive plot: plotly's script and data inline, nothing fetched."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.figures import count, seconds, spread
+from experiments.plots import NEUTRAL, Style, styles
+from experiments.record import Record
+from experiments.summary import Mark, Spread, marks, pareto_front, summarise, utility_metric
+
+__all__ = ["interactive_tradeoff"]
+
+PLOT_ID = "tradeoff-plot"
+PANEL_PIXELS = 470  # height of one row of panels
+
+
+def interactive_tradeoff(records: Sequence[Record]) -> str | None:
+    """Return an HTML fragment with the plot and the script that draws it; None where there is nothing to plot."""
+    from plotly.io import to_html  # only where a report is written
+
+    points = summarise(records)
+    metric = utility_metric(points)
+    panels = marks(points, metric)
+    if metric is None or not panels:
+        return None
+    columns = 1 if len(panels) == 1 else 2
+    rows = math.ceil(len(panels) / columns)
+    layout: dict[str, Any] = {
+        "height": PANEL_PIXELS * rows + 90,
+        "template": "none",
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "inherit", "size": 13, "color": NEUTRAL},
+        "margin": {"l": 60, "r": 16, "t": 40, "b": 50},
+        "legend": {"orientation": "h", "y": 1, "yref": "container", "yanchor": "top"},
+        "hoverlabel": {"align": "left"},
+        "annotations": [],
+    }
+    traces: list[dict[str, Any]] = []
+    look = styles(points)
+    for number, (setting, members) in enumerate(panels.items()):
+        suffix = "" if number == 0 else str(number + 1)
+        traces += _traces(members, metric, look, suffix, legend=number == 0)
+        across, down = number % columns, number // columns
+        x = [across / columns + 0.05 * (across > 0), (across + 1) / columns - 0.02 * (across < columns - 1)]
+        y = [1 - (down + 0.86) / rows, 1 - down / rows - 0.06 / rows]
+        axis = {"gridcolor": "rgba(128,128,128,.22)", "zeroline": False, "linecolor": NEUTRAL, "ticks": "outside"}
+        layout[f"xaxis{suffix}"] = {**axis, "domain": x, "anchor": f"y{suffix}", "title": {"text": _plain(metric)}}
+        title = {"text": "leakage (worst attack's advantage)"} if across == 0 else {}
+        layout[f"yaxis{suffix}"] = {**axis, "domain": y, "anchor": f"x{suffix}", "range": [-0.05, 1.06], "title": title}
+        heading = {"text": _plain(setting.title), "x": sum(x) / 2, "y": y[1], "yanchor": "bottom"}
+        layout["annotations"].append({**heading, "xref": "paper", "yref": "paper", "showarrow": False})
+    shown = {entry["name"] for entry in traces if entry["showlegend"]}
+    for trace in traces:  # a protection that is missing from the first panel still gets its entry
+        if trace["name"] not in shown and trace.get("legendgroup"):
+            trace["showlegend"] = True
+            shown.add(trace["name"])
+    return str(
+        to_html(
+            {"data": traces, "layout": layout},
+            config={"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]},
+            include_plotlyjs=True,
+            full_html=False,
+            div_id=PLOT_ID,
+            default_width="100%",
+            default_height=f"{layout['height']}px",
+        )
+    )
+
+
+def _traces(
+    members: Sequence[Mark], metric: str, look: Mapping[str, Style], suffix: str, *, legend: bool
+) -> list[dict[str, Any]]:
+    axes = {"type": "scatter", "xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
+    places = [mark.place for mark in members]
+    front = pareto_front(places)
+    halo = {"color": "rgba(128,128,128,.3)", "width": 10}
+    traces: list[dict[str, Any]] = [
+        {
+            **axes,
+            "name": "Pareto front",
+            "legendgroup": "front",
+            "showlegend": legend,
+            "mode": "lines",
+            "hoverinfo": "skip",
+            "line": halo,
+            "x": [places[number][0] for number in front],
+            "y": [places[number][1] for number in front],
+        }
+    ]
+    for protection, style in look.items():
+        mine = [mark for mark in members if mark.point.protection == protection]
+        variants = dict.fromkeys(mark.point.variant for mark in mine)
+        for variant in variants:
+            line = [mark for mark in mine if mark.point.variant == variant]
+            name = f"{style.label} ({variant})" if variant else style.label
+            traces.append({**axes, **_line(line, metric, style), "name": _plain(name), "showlegend": legend})
+    return traces
+
+
+def _line(line: Sequence[Mark], metric: str, style: Style) -> dict[str, Any]:
+    return {
+        "legendgroup": style.label,
+        "mode": "lines+markers",
+        "line": {"color": style.colour, "width": 1.3},
+        "marker": {"color": style.colour, "symbol": style.symbol, "size": 17 if style.symbol == "star" else 11},
+        "x": [mark.utility.mean for mark in line],
+        "y": [mark.leakage.mean for mark in line],
+        "error_x": _error([mark.utility for mark in line], style.colour),
+        "error_y": _error([mark.leakage for mark in line], style.colour),
+        "text": [_hover(mark, metric) for mark in line],
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def _error(spreads: Sequence[Spread], colour: str) -> dict[str, Any]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [found.high - found.mean for found in spreads],
+        "arrayminus": [found.mean - found.low for found in spreads],
+        "color": colour,
+        "thickness": 1.1,
+        "width": 3,
+    }
+
+
+def _hover(mark: Mark, metric: str) -> str:
+    """Return all figures of a point; plotly reads a little HTML, so whatever came from outside is escaped."""
+    point = mark.point
+    lines = [f"<b>{_plain(point.name)}</b>", f"{_plain(metric)} {spread(mark.utility)}"]
+    for attack in point.attacks:
+        advantage = Spread.of(leak.advantage for leak in point.leaks(attack))
+        lines.append(f"leakage, {_plain(attack)}: {spread(advantage)}")
+    for name, figure, show in (
+        ("bytes up", point.nbytes("up"), count),
+        ("bytes down", point.nbytes("down"), count),
+        ("training", point.seconds("train"), seconds),
+        ("peak memory", point.peak_memory, count),
+    ):
+        if figure is not None:
+            lines.append(f"{name} {show(figure.mean)}")
+    lines.append(f"seeds {', '.join(str(seed) for seed in point.seeds)}")
+    return "<br>".join(lines)
+
+
+def _plain(text: str) -> str:
+    return html.escape(text.replace("_", " "))

@@ -1,0 +1,310 @@
+"""One function a protocol: who holds what, over which wires, trained as the setting says.
+
+All parties share this process, and everything between them crosses as real frames, metered and, at the server,
+recorded. The shield is on what the clients send. Each function ends in the model as its first client sees it.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from experiments.parts import Shield
+from experiments.training import Setting, Trained, build_model, optimizer_for
+from splitlearn.cut import cut
+from splitlearn.data import Splits, partition
+from splitlearn.federation import (
+    Member,
+    RemoteMember,
+    apart_round,
+    fedavg_round,
+    in_turn_round,
+    parallel_round,
+    splitfed_v1_round,
+    splitfed_v2_round,
+    splitfed_v3_round,
+)
+from splitlearn.party import Features, Learner
+from splitlearn.protocols import Join, u_shaped, vertical
+from splitlearn.threat import Encoder
+from splitlearn.train import Batches, Predictor, epochs_of, fit
+from splitlearn.wire import Framed, Metered, Remote, Service, Wire, serve, wire
+
+__all__ = [
+    "train_fedavg",
+    "train_parallel",
+    "train_splitfed_v1",
+    "train_splitfed_v2",
+    "train_splitfed_v3",
+    "train_u_shaped",
+    "train_unsplit",
+    "train_vanilla",
+    "train_vertical",
+]
+
+LABELLED = ["the activation of every sample, in training and prediction", "the labels", "the loss"]
+UNLABELLED = ["the activation of every sample, in training and prediction", "gradients of the loss at its output"]
+FED = ["every client's weights after every round", "how many samples each client has"]
+NOTHING = ["gradients at the cut", "the loss"]
+
+
+def train_unsplit(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+    """The whole model in one place: the reference that every protocol is measured against."""
+    model = build_model(splits, seed=setting.seed).to(setting.device)
+    whole = Learner("unsplit", model, optimizer_for(model, setting), seed=setting.seed)
+    batches = _batches(setting, splits.private.x, splits.private.y)
+    losses = fit(epochs_of(lambda x, y: whole.learn(x, y)[0], batches), epochs=setting.epochs).losses
+    return Trained([whole], model, losses, {}, {"nobody": ["nothing crosses"]}, splits.private.x)
+
+
+def train_vanilla(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+    """Vanilla split learning: the server learns the labels; several clients take turns and hand their bottom on."""
+    table = _table(setting, splits, shield, shared=True)
+    if setting.clients == 1:
+        losses = table.rounds(lambda: apart_round(table.members))
+        return table.finished(losses, {"server": LABELLED, "client": NOTHING})
+    losses = table.rounds(lambda: in_turn_round(table.remote, table.bottom))
+    table.members[0].learner.load_weights(table.bottom.weights())
+    return table.finished(losses, {"server": [*LABELLED, "every bottom handed on"], "client": NOTHING})
+
+
+def train_u_shaped(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+    """U-shaped split learning: bottom, head and labels stay with the client, the server holds the middle."""
+    _one_client(setting, "u_shaped")
+    model = build_model(splits, seed=setting.seed).to(setting.device)
+    bottom, middle, head = cut(model, setting.cut, len(model) - 1)
+    client = _client(setting, bottom, shield, 0)
+    top = Learner("head", head, optimizer_for(head, setting), seed=setting.seed + 7)
+    line = wire(_server(setting, middle), shield.codec)
+    batches = _batches(setting, splits.private.x, splits.private.y)
+    step = partial(u_shaped, client, line.party, top)
+    losses = fit(epochs_of(step, batches), epochs=setting.epochs).losses
+    visible = {"server": UNLABELLED, "client": ["everything but the server's weights"]}
+    encoder = Encoder(bottom, client.guard, shield.codec)
+    chain: list[Predictor] = [client, line.party, top]
+    return Trained(chain, model, losses, _counted([line.meter]), visible, splits.private.x, encoder, line.record)
+
+
+def train_splitfed_v1(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+    """SplitFed V1: a server copy for each client; bottoms and tops are averaged every round."""
+    table = _table(setting, splits, shield, shared=False)
+    losses = table.rounds(lambda: splitfed_v1_round(table.remote, table.sessions, table.bottom, table.top))
+    table.members[0].learner.load_weights(table.bottom.weights())
+    table.sessions[table.members[0].name].load_weights(table.top.weights())
+    return table.finished(losses, {"server": LABELLED, "fed server": FED, "client": NOTHING})
+
+
+def train_splitfed_v2(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+    """SplitFed V2: all clients share one server in its order; bottoms are averaged every round."""
+    table = _table(setting, splits, shield, shared=True)
+    losses = table.rounds(lambda: splitfed_v2_round(table.remote, table.bottom))
+    table.members[0].learner.load_weights(table.bottom.weights())
+    return table.finished(losses, {"server": LABELLED, "fed server": FED, "client": NOTHING})
+
+
+def train_splitfed_v3(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+    """SplitFed V3: every client keeps its own bottom; tops are averaged every round."""
+    table = _table(setting, splits, shield, shared=False)
+    losses = table.rounds(lambda: splitfed_v3_round(table.members, table.sessions, table.top))
+    table.sessions[table.members[0].name].load_weights(table.top.weights())
+    return table.finished(losses, {"server": LABELLED, "client": NOTHING})
+
+
+def train_parallel(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+    """Parallel split learning: one server pass over all clients' activations; bottoms are averaged every epoch."""
+    table = _table(setting, splits, shield, shared=True)
+    clients = [member.learner for member in table.members]
+    server = table.wires[0].party
+
+    def epoch() -> float:
+        done = parallel_round(clients, server, table.batches, bottom=table.bottom)
+        return done.loss
+
+    losses = fit(epoch, epochs=setting.epochs).losses
+    clients[0].load_weights(table.bottom.weights())
+    return table.finished(losses, {"server": LABELLED, "fed server": FED, "client": NOTHING})
+
+
+def train_fedavg(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+    """FedAvg: every client trains the whole model, the fed server averages. No activation crosses."""
+    model = build_model(splits, seed=setting.seed).to(setting.device)
+    everywhere = Learner("fed server", model)
+    batches = _shares(setting, splits)
+    members = [Member(_client(setting, model, Shield(), number), None, own) for number, own in enumerate(batches)]
+    remote, meters = _over_wires(members)
+    losses = _rounds(setting, members, batches, lambda: fedavg_round(remote, everywhere))
+    return Trained([everywhere], model, losses, _counted(meters), {"fed server": FED}, batches[0].x)
+
+
+def train_vertical(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+    """Vertical split learning: each client holds some columns, the server the labels and no feature."""
+    clients = max(2, setting.clients)
+    columns = partition.vertical(splits.private.x.shape[-1], clients)
+    model = build_model(splits, seed=setting.seed).to(setting.device)
+    whole, top = cut(model, setting.cut)
+    server = _server(setting, top)
+    learners = []
+    for number, own in enumerate(columns):
+        narrow = _narrow(splits, setting, whole, len(own), clients) if splits.private.kind == "table" else whole
+        learners.append(_client(setting, narrow, shield, number))
+    # Images are joined side by side as they were parted, a table's clients by their features.
+    joined: Join = partial(torch.cat, dim=-1)
+    holders = [Features(one, splits.private.x[..., own]) for one, own in zip(learners, columns, strict=True)]
+    meters = [Metered(serve(Service({one.name: one}), shield.codec), requests="down") for one in holders]
+    remote = [
+        Remote(one.name, Framed(meter, shield.codec), one.name) for one, meter in zip(holders, meters, strict=True)
+    ]
+    batches = _batches(setting, torch.arange(len(splits.private)), splits.private.y)
+    step = partial(vertical, server, remote, join=joined)
+    losses = fit(epochs_of(step, batches), epochs=setting.epochs).losses
+    side = SideBySide([one.stage for one in learners], columns, joined)
+    guarded = SideBySide([Encoder(one.stage, one.guard) for one in learners], columns, joined)
+    encoder = Encoder(guarded, None, shield.codec)
+    visible = {
+        "server": ["each client's activation of every sample, in training and prediction", "the labels, its own"],
+        "each client": ["gradients at its cut", "which samples are in a batch"],
+    }
+    seen = wire(server, shield.codec)  # joined, the parts are what the server reads of each client
+    chain: list[Predictor] = [_Together(learners, columns, joined), seen.party]
+    whole_model = nn.Sequential(side, top)
+    return Trained(chain, whole_model, losses, _counted(meters), visible, splits.private.x, encoder, seen.record)
+
+
+class SideBySide(nn.Module):
+    """The bottoms of several clients as one stage over all columns."""
+
+    def __init__(self, stages: Sequence[nn.Module], columns: Sequence[Tensor], joined: Join):
+        super().__init__()
+        self.stages, self.columns, self.joined = nn.ModuleList(stages), list(columns), joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the joined activation for inputs with all columns."""
+        return self.joined([stage(x[..., own]) for stage, own in zip(self.stages, self.columns, strict=True)])
+
+
+class _Together:
+    """Several vertical clients asked as one for a prediction, each on its columns of ``x``."""
+
+    def __init__(self, learners: Sequence[Learner], columns: Sequence[Tensor], joined: Join):
+        self.name, self._learners, self._columns, self._joined = "clients", learners, columns, joined
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Return the joined activation that the clients send for ``x``."""
+        return self._joined([one.predict(x[..., own]) for one, own in zip(self._learners, self._columns, strict=True)])
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Clients around one server, each with its share of the private data and its own wire."""
+
+    setting: Setting
+    batches: list[Batches]  # each client's share of the private data
+    members: list[Member]
+    remote: list[RemoteMember]  # the same members as the fed server sees them
+    sessions: dict[str, Learner]  # the server's side of each wire
+    wires: list[Wire]
+    meters: list[Metered]
+    bottom: Learner  # the global one
+    top: Learner
+    shield: Shield
+
+    def rounds(self, one: Callable[[], object]) -> list[float]:
+        """Run the setting's epochs, one round each, and return the mean losses."""
+        return _rounds(self.setting, self.members, self.batches, one)
+
+    def finished(self, losses: list[float], visible: dict[str, list[str]]) -> Trained:
+        """Return the model as the first client sees it, and that client as the victim."""
+        member = self.members[0]
+        client, session = member.learner, self.sessions[member.name]
+        encoder = Encoder(client.stage, client.guard, self.shield.codec)
+        return Trained(
+            [client, self.wires[0].party],
+            nn.Sequential(client.stage, session.stage),
+            losses,
+            _counted([*self.meters, *(line.meter for line in self.wires)]),
+            visible,
+            self.batches[0].x,
+            encoder,
+            self.wires[0].record,
+        )
+
+
+def _table(setting: Setting, splits: Splits, shield: Shield, *, shared: bool) -> _Table:
+    """Set the clients around a server whose stage they share, or of which each has a copy."""
+    bottom, top = cut(build_model(splits, seed=setting.seed).to(setting.device), setting.cut)
+    server = _server(setting, top)
+    clients = [_client(setting, bottom, shield, number) for number in range(setting.clients)]
+    sessions = {one.name: server.session(one.name) if shared else server.replica(one.name) for one in clients}
+    wires = [wire(session, shield.codec) for session in sessions.values()]
+    batches = _shares(setting, splits)
+    members = [Member(one, line.party, own) for one, line, own in zip(clients, wires, batches, strict=True)]
+    remote, meters = _over_wires(members)
+    return _Table(setting, batches, members, remote, sessions, wires, meters, Learner("bottom", bottom), server, shield)
+
+
+def _client(setting: Setting, stage: nn.Module, shield: Shield, number: int) -> Learner:
+    own = copy.deepcopy(stage)
+    guard = copy.deepcopy(shield.guard)
+    return Learner(f"client{number}", own, optimizer_for(own, setting), guard, seed=setting.seed * 1000 + number + 1)
+
+
+def _server(setting: Setting, stage: nn.Module) -> Learner:
+    return Learner("server", stage, optimizer_for(stage, setting), seed=setting.seed * 1000)
+
+
+def _batches(setting: Setting, x: Tensor, y: Tensor) -> Batches:
+    return Batches(x, y, batch_size=setting.batch_size, seed=setting.seed)
+
+
+def _shares(setting: Setting, splits: Splits) -> list[Batches]:
+    x, y = splits.private.x, splits.private.y
+    if setting.clients == 1:
+        return [_batches(setting, x, y)]
+    return [_batches(setting, x[rows], y[rows]) for rows in partition.iid(len(x), setting.clients, setting.seed)]
+
+
+def _over_wires(members: Sequence[Member]) -> tuple[list[RemoteMember], list[Metered]]:
+    """Return the members as the fed server sees them, its requests going down, and the meters on the way."""
+    meters = [Metered(serve(Service({member.name: member})), requests="down") for member in members]
+    remote = [RemoteMember(one.name, Framed(meter), one.name) for one, meter in zip(members, meters, strict=True)]
+    return remote, meters
+
+
+def _rounds(
+    setting: Setting, members: Sequence[Member], batches: Sequence[Batches], one: Callable[[], object]
+) -> list[float]:
+    sizes = [len(own.x) for own in batches]
+
+    def epoch() -> float:
+        one()
+        return sum(member.loss * size for member, size in zip(members, sizes, strict=True)) / sum(sizes)
+
+    return fit(epoch, epochs=setting.epochs).losses
+
+
+def _counted(meters: Sequence[Metered]) -> dict[str, dict[str, int]]:
+    """Return the bytes of all wires together: direction, then kind."""
+    total = {direction: sum((meter.nbytes[direction] for meter in meters), Counter()) for direction in ("up", "down")}
+    return {direction: dict(sorted(counts.items())) for direction, counts in total.items()}
+
+
+def _narrow(splits: Splits, setting: Setting, whole: nn.Module, columns: int, clients: int) -> nn.Module:
+    """Return a bottom for some columns of a table, as wide at the cut as this client's share of the whole bottom."""
+    with torch.no_grad():
+        width = whole.cpu()(splits.private.x[:1]).shape[-1]
+    if width % clients:
+        raise ValueError(
+            f"expected clients that share {width} features at the cut evenly, got {clients}; use --clients 2"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setting.seed)
+        return nn.Sequential(nn.Linear(columns, width // clients), nn.ReLU()).to(setting.device)
+
+
+def _one_client(setting: Setting, protocol: str) -> None:
+    if setting.clients != 1:
+        raise ValueError(f"protocol {protocol} has one client, got {setting.clients}; use --clients 1")

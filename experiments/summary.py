@@ -1,0 +1,204 @@
+"""What the records of a folder say together: trials that differ only by their seed become one point."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from experiments.record import Leakage, Record
+from experiments.store import strength_order
+
+__all__ = ["Mark", "Point", "Setting", "Spread", "marks", "pareto_front", "summarise", "utility_metric"]
+
+UTILITY = ("accuracy", "macro_f1", "auc")  # the first one that was measured is the axis of the trade-off
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over ``n`` seeds. ``std`` is that of a sample; NaN for one seed, or where a figure is infinite."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread | None":
+        """Return the spread of the values, or None where there are none."""
+        found = list(values)
+        if not found:
+            return None
+        std = statistics.stdev(found) if len(found) > 1 and all(map(math.isfinite, found)) else math.nan
+        mean = statistics.fmean(found) if all(map(math.isfinite, found)) else sum(found) / len(found)
+        return cls(mean, std, min(found), max(found), len(found))
+
+
+class Setting(NamedTuple):
+    """What is compared within, never across: one data set, protocol and cut."""
+
+    data: str
+    protocol: str
+    cut: str
+
+    @property
+    def title(self) -> str:
+        """The setting in a line."""
+        return " · ".join(part for part in (self.data, self.protocol, self.cut and f"cut {self.cut}") if part)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration over its seeds. ``variant`` tells apart those of the same protection and strength."""
+
+    setting: Setting
+    protection: str
+    strength: str
+    variant: str
+    records: tuple[Record, ...]  # done, by seed
+
+    @property
+    def protected(self) -> bool:
+        """Whether there is a protection."""
+        return self.protection not in ("none", "")
+
+    @property
+    def name(self) -> str:
+        """Protection, strength and variant in a line."""
+        parts = [self.protection if self.protected else "unprotected", self.strength]
+        return " ".join(part for part in parts if part) + (f" ({self.variant})" if self.variant else "")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the trials."""
+        return tuple(record.seed for record in self.records)
+
+    def utility(self, metric: str) -> Spread | None:
+        """Return a utility metric over the seeds."""
+        return Spread.of(record.utility[metric] for record in self.records if metric in record.utility)
+
+    @property
+    def worst(self) -> Spread | None:
+        """The largest advantage of any attack in each trial, over the seeds; None where nothing attacked."""
+        return Spread.of(leak for record in self.records if (leak := record.worst_leakage) is not None)
+
+    @property
+    def attacks(self) -> list[str]:
+        """The attacks, the one with the largest mean advantage first."""
+        names = dict.fromkeys(leak.attack for record in self.records for leak in record.leakage)
+        means = {name: statistics.fmean(leak.advantage for leak in self.leaks(name)) for name in names}
+        return sorted(means, key=lambda name: -means[name])
+
+    def leaks(self, attack: str) -> list[Leakage]:
+        """Return what one attack got, by seed."""
+        return [leak for record in self.records for leak in record.leakage if leak.attack == attack]
+
+    def nbytes(self, direction: str | None = None, kind: str | None = None) -> Spread | None:
+        """Return the bytes of a trial, of one direction or kind where given; None where none was counted."""
+        return Spread.of(
+            sum(
+                nbytes
+                for way, kinds in record.nbytes.items()
+                for name, nbytes in kinds.items()
+                if direction in (None, way) and kind in (None, name)
+            )
+            for record in self.records
+            if record.nbytes
+        )
+
+    def seconds(self, phase: str) -> Spread | None:
+        """Return the seconds of one phase over the seeds."""
+        return Spread.of(record.seconds[phase] for record in self.records if phase in record.seconds)
+
+    @property
+    def peak_memory(self) -> Spread | None:
+        """The peak memory in bytes over the seeds."""
+        return Spread.of(record.peak_memory_bytes for record in self.records if record.peak_memory_bytes)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point's place in a trade-off plot."""
+
+    point: Point
+    utility: Spread
+    leakage: Spread
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """Mean utility and mean leakage."""
+        return self.utility.mean, self.leakage.mean
+
+
+def summarise(records: Iterable[Record]) -> list[Point]:
+    """Return one point per configuration, seeds apart, sorted by setting, protection and strength.
+
+    Failed trials take no part.
+    """
+    groups: dict[tuple[Setting, str, str], dict[str, list[Record]]] = {}
+    for record in records:
+        if record.status == "done":
+            setting = Setting(record.data, record.protocol, record.cut)
+            alike = groups.setdefault((setting, record.protection, record.strength), {})
+            alike.setdefault(json.dumps(_without_seed(record), sort_keys=True), []).append(record)
+    points = []
+    for (setting, protection, strength), alike in groups.items():
+        variants = _variants([group[0] for group in alike.values()])
+        for variant, group in zip(variants, alike.values(), strict=True):
+            by_seed = tuple(sorted(group, key=lambda record: record.seed))
+            points.append(Point(setting, protection, strength, variant, by_seed))
+    return sorted(points, key=_order)
+
+
+def marks(points: Iterable[Point], metric: str | None) -> dict[Setting, list[Mark]]:
+    """Return, by setting, the points that have both a utility ``metric`` and a leakage."""
+    found: dict[Setting, list[Mark]] = {}
+    for point in points:
+        utility, leakage = None if metric is None else point.utility(metric), point.worst
+        if utility is not None and leakage is not None:
+            found.setdefault(point.setting, []).append(Mark(point, utility, leakage))
+    return found
+
+
+def utility_metric(points: Iterable[Point]) -> str | None:
+    """Return the metric that stands for utility: accuracy where it was measured; None without any."""
+    measured = {name for point in points for record in point.records for name in record.utility}
+    return next((name for name in UTILITY if name in measured), min(measured, default=None))
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return which (utility, leakage) points no other beats, by rising utility.
+
+    One beats another if it has no less utility and no more leakage, and is better in one of them. Equal points
+    are all on the front; points with NaN never are.
+    """
+    finite = [number for number, point in enumerate(points) if not any(map(math.isnan, point))]
+
+    def beaten(number: int) -> bool:
+        utility, leakage = points[number]
+        return any(
+            points[other][0] >= utility and points[other][1] <= leakage and points[other] != (utility, leakage)
+            for other in finite
+        )
+
+    return sorted((number for number in finite if not beaten(number)), key=lambda number: points[number])
+
+
+def _without_seed(record: Record) -> dict[str, object]:
+    config = {name: value for name, value in record.config.items() if name != "seed"}
+    return {"experiment": record.experiment, **config}
+
+
+def _variants(records: Sequence[Record]) -> list[str]:
+    """Return, for records of one label, what in their configurations tells them apart."""
+    configs = [_without_seed(record) for record in records]
+    names = sorted({name for config in configs for name in config})
+    different = [name for name in names if len({json.dumps(config.get(name)) for config in configs}) > 1]
+    return [", ".join(f"{name}={config.get(name)}" for name in different) for config in configs]
+
+
+def _order(point: Point) -> tuple[object, ...]:
+    strength = strength_order(point.strength)
+    return (*point.setting, point.protected, point.protection, strength, point.variant)

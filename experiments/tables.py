@@ -1,0 +1,172 @@
+"""The tables of a report, as rows of text: results, leakage, overhead, who sees what."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from experiments.figures import count, number, ratio, seconds, spread
+from experiments.summary import Point, Spread, marks, pareto_front, utility_metric
+
+__all__ = ["Table", "bytes_table", "front_of", "leakage_tables", "results_table", "seconds_table", "visible_table"]
+
+QUANTILE = re.compile(r"_q\d+$")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under columns; the first ``heads`` cells of a row say what it is about. ``strong`` rows stand out."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    heads: int
+    prose: bool = False  # cells are sentences rather than figures
+    strong: frozenset[int] = frozenset()
+
+
+def results_table(points: Sequence[Point]) -> Table:
+    """Return one row per configuration: utility, worst leakage, ε and cost; the Pareto front stands out."""
+    metrics = list(dict.fromkeys(name for point in points for record in point.records for name in record.utility))
+    front = front_of(points)
+    attacked = any(point.worst for point in points)
+    proved = any(_epsilon(point) for point in points)
+    columns = [*_heads(points), "seeds", *(metric.replace("_", " ") for metric in metrics)]
+    columns += ["worst leakage", "by"] if attacked else []
+    columns += ["ε"] if proved else []
+    rows = []
+    for point in points:
+        row = [*_head(point, points), str(len(point.seeds)), *(spread(point.utility(metric)) for metric in metrics)]
+        row += [spread(point.worst), point.attacks[0] if point.attacks else "—"] if attacked else []
+        row += [spread(_epsilon(point))] if proved else []
+        rows.append(tuple(row))
+    strong = frozenset(number for number, point in enumerate(points) if point in front)
+    note = " Shaded rows are on the Pareto front: nothing else is both more useful and leaks less." if strong else ""
+    caption = f"Means over seeds, with the lowest and the highest seed.{note}"
+    return Table(caption, tuple(columns), tuple(rows), len(_heads(points)), strong=strong)
+
+
+def leakage_tables(points: Sequence[Point]) -> list[Table]:
+    """Return a table per family of attacks: the advantage, and each raw metric beside its baseline."""
+    families = dict.fromkeys(leak.family for point in points for record in point.records for leak in record.leakage)
+    return [_leakage_table(points, family) for family in families]
+
+
+def bytes_table(points: Sequence[Point]) -> Table | None:
+    """Return bytes by direction and kind of message, and their sum over that of the unprotected; None without any."""
+    found = [(way, kind) for p in points for r in p.records for way, kinds in r.nbytes.items() for kind in kinds]
+    kinds = sorted(set(found), key=lambda pair: (pair[0] != "up", *pair))
+    if not kinds:
+        return None
+    columns = (*_heads(points), *(f"{way}: {kind}" for way, kind in kinds), "all", "over unprotected")
+    rows = [
+        (
+            *_head(point, points),
+            *(_mean(point.nbytes(way, kind), count) for way, kind in kinds),
+            _mean(point.nbytes(), count),
+            ratio(point.nbytes(), _base(point, points, lambda base: base.nbytes())),
+        )
+        for point in points
+    ]
+    caption = "Bytes of the frames of a whole trial, by direction and kind of message; up is towards the server."
+    return Table(caption, columns, tuple(rows), len(_heads(points)))
+
+
+def seconds_table(points: Sequence[Point]) -> Table | None:
+    """Return seconds by phase and peak memory, training beside that of the unprotected; None without any."""
+    phases = list(dict.fromkeys(phase for point in points for record in point.records for phase in record.seconds))
+    if not phases:
+        return None
+    timed = "train" if "train" in phases else phases[-1]
+    columns = (*_heads(points), *(phase.replace("_", " ") for phase in phases), f"{timed} over unprotected")
+    rows = [
+        (
+            *_head(point, points),
+            *(_mean(point.seconds(phase), seconds) for phase in phases),
+            ratio(point.seconds(timed), _base(point, points, lambda base: base.seconds(timed))),
+            _mean(point.peak_memory, count),
+        )
+        for point in points
+    ]
+    caption = (
+        "Mean time of each phase of a trial, as it ran beside others, and the highest memory of its whole process, "
+        "interpreter and libraries included."
+    )
+    return Table(caption, (*columns, "peak memory"), tuple(rows), len(_heads(points)))
+
+
+def visible_table(points: Sequence[Point]) -> Table | None:
+    """Return what each observer saw; configurations that showed the same share a row. None where none was told."""
+    groups: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    several = len({point.setting for point in points}) > 1
+    for point in points:
+        for observer, seen in {o: tuple(s) for record in point.records for o, s in record.visible.items()}.items():
+            setting = point.setting.title if several else ""
+            groups.setdefault((setting, observer, seen), []).append(point.name)
+    if not groups:
+        return None
+    heads = ("setting", "observer") if several else ("observer",)
+    rows = [
+        (*((setting,) if several else ()), observer, "; ".join(seen) or "nothing", ", ".join(names))
+        for (setting, observer, seen), names in groups.items()
+    ]
+    caption = "What remained visible, and to whom, whatever the attacks above made of it."
+    return Table(caption, (*heads, "sees", "under"), tuple(rows), len(heads), prose=True)
+
+
+def front_of(points: Sequence[Point]) -> list[Point]:
+    """Return the points on the Pareto front of their setting, by rising utility."""
+    found: list[Point] = []
+    for members in marks(points, utility_metric(points)).values():
+        found += [members[number].point for number in pareto_front([mark.place for mark in members])]
+    return found
+
+
+def _leakage_table(points: Sequence[Point], family: str) -> Table:
+    leaks = [
+        (point, attack, found)
+        for point in points
+        for attack in point.attacks
+        if (found := [leak for leak in point.leaks(attack) if leak.family == family])
+    ]
+    metrics = list(dict.fromkeys(name for _, _, found in leaks for leak in found for name in leak.metrics))
+    metrics = [name for name in metrics if not QUANTILE.search(name)]
+    columns = [*_heads(points), "attack", "advantage"]
+    for metric in metrics:
+        columns += [metric.replace("_", " "), "baseline"]
+    rows = []
+    for point, attack, found in leaks:
+        row = [*_head(point, points), attack, spread(Spread.of(leak.advantage for leak in found))]
+        for metric in metrics:
+            row.append(spread(Spread.of(leak.metrics[metric] for leak in found if metric in leak.metrics)))
+            baselines = [leak.baseline(metric) for leak in found]
+            row.append(_mean(Spread.of(value for value in baselines if value is not None), number))
+        rows.append(tuple(row))
+    caption = (
+        f"Attacks on {family}. Advantage: 0 is what an attacker who saw nothing reaches, 1 is everything. "
+        "Baseline: the best such an attacker does. Quantiles over samples are in results.csv."
+    )
+    return Table(caption, tuple(columns), tuple(rows), len(_heads(points)) + 1)
+
+
+def _heads(points: Sequence[Point]) -> list[str]:
+    """Return the columns that name a configuration; the setting only where there are several."""
+    return ["setting", "protection"] if len({point.setting for point in points}) > 1 else ["protection"]
+
+
+def _head(point: Point, points: Sequence[Point]) -> list[str]:
+    return [point.setting.title, point.name] if len(_heads(points)) > 1 else [point.name]
+
+
+def _base(point: Point, points: Sequence[Point], figure: Callable[[Point], Spread | None]) -> Spread | None:
+    """Return a figure of the unprotected configuration of the same setting and, where there is one, variant."""
+    bare = [other for other in points if other.setting == point.setting and not other.protected]
+    same = [other for other in bare if other.variant == point.variant] or bare
+    return figure(same[0]) if same else None
+
+
+def _epsilon(point: Point) -> Spread | None:
+    return Spread.of(record.epsilon for record in point.records if record.epsilon is not None)
+
+
+def _mean(found: Spread | None, show: Callable[[float], str]) -> str:
+    return "—" if found is None else show(found.mean)
