@@ -1,1 +1,15 @@
-"""To be filled."""
+"""Attacks: each reads a View and nothing else, or is a Party that lies. Scoring happens outside them."""
+
+from attacks.inversion.decoder import Convolutional, Decoder, Dense, decoder_family
+from attacks.inversion.maximum_likelihood import MaximumLikelihood
+from attacks.inversion.reconstruction import Inversion, Reconstruction
+
+__all__ = [
+    "Convolutional",
+    "Decoder",
+    "Dense",
+    "Inversion",
+    "MaximumLikelihood",
+    "Reconstruction",
+    "decoder_family",
+]

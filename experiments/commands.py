@@ -1,6 +1,5 @@
 """Groups of commands that know their near names, and the edge at which an error becomes one line."""
 
-import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -57,7 +56,7 @@ class Program(Commands):
         try:
             code = super().main(args, *arguments, **options)
         except typer.TyperException as error:  # a command that cannot be read, or a _Failure
-            print(f"error: {_one_line(error.format_message())}", file=sys.stderr)  # noqa: T201
+            typer.echo(_line(error), err=True)
             sys.exit(error.exit_code)
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -66,18 +65,23 @@ class Program(Commands):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise _Failure(str(error) or "interrupted", INTERRUPTED) from error
-        except BrokenPipeError:  # the reader has seen enough: `splitlearn list | head -1`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
+            raise _Failure(str(error) or "interrupted", INTERRUPTED) from error  # the runner says what it kept
+        except BrokenPipeError:  # the reader has seen enough, as in `splitlearn list | head -1`: typer ends quietly
+            raise
         except (ValueError, LookupError, OSError, typer.TyperException) as error:
             if ctx.params["debug"]:
                 traceback.print_exc()
-            line = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-            if type(error) in (KeyError, IndexError):  # hardly the user's doing: say at least what it was
-                line = f"{type(error).__name__}: {line}; this is a mistake of ours: --debug shows where it happened"
-            raise _Failure(line, BAD_INPUT) from error
+            raise _Failure(_line(error), BAD_INPUT) from error
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _line(error: Exception) -> str:
+    """Return what to tell the user, on one line."""
+    if isinstance(error, _Failure):
+        return error.message
+    text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    if type(error) in (KeyError, IndexError):  # hardly the user's doing
+        text = f"{type(error).__name__}: {text}; this is a mistake in splitlearn: --debug shows where it happened"
+    context = getattr(error, "ctx", None)  # where the command line could not be read
+    if context is not None:
+        text = f"{text.rstrip('.')}; see {context.command_path} --help"
+    return f"error: {' '.join(text.split())}"

@@ -8,14 +8,14 @@ __all__ = ["count", "number", "ratio", "seconds", "spread"]
 
 
 def number(value: float) -> str:
-    """Return ``value`` to three digits, or three places below one."""
+    """Return ``value`` to three digits, or three places between .1 and 10."""
     if math.isnan(value):
         return "not a number"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     size = abs(value)
-    if size and size < 0.0005:
-        return f"{value:.1e}"
+    if size < 0.1:
+        return f"{value:.3g}"
     return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
 
 

@@ -13,6 +13,7 @@ from experiments.summary import Mark, Spread, marks, pareto_front, summarise, ut
 __all__ = ["interactive_tradeoff"]
 
 PLOT_ID = "tradeoff-plot"
+BUTTONS = [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]]  # none that talks to a server
 PANEL_PIXELS = 470  # height of one row of panels
 
 
@@ -28,15 +29,17 @@ def interactive_tradeoff(records: Sequence[Record]) -> str | None:
     columns = 1 if len(panels) == 1 else 2
     rows = math.ceil(len(panels) / columns)
     layout: dict[str, Any] = {
-        "height": PANEL_PIXELS * rows + 90,
+        "height": PANEL_PIXELS * rows,
         "template": "none",
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "inherit", "size": 13, "color": NEUTRAL},
-        "margin": {"l": 60, "r": 16, "t": 40, "b": 50},
-        "legend": {"orientation": "h", "y": 1, "yref": "container", "yanchor": "top"},
+        "margin": {"l": 60, "r": 16, "t": 30, "b": 130},
+        "legend": {"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom"},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": NEUTRAL, "activecolor": NEUTRAL},
         "hoverlabel": {"align": "left"},
         "annotations": [],
+        "shapes": [],
     }
     traces: list[dict[str, Any]] = []
     look = styles(points)
@@ -45,13 +48,19 @@ def interactive_tradeoff(records: Sequence[Record]) -> str | None:
         traces += _traces(members, metric, look, suffix, legend=number == 0)
         across, down = number % columns, number // columns
         x = [across / columns + 0.05 * (across > 0), (across + 1) / columns - 0.02 * (across < columns - 1)]
-        y = [1 - (down + 0.86) / rows, 1 - down / rows - 0.06 / rows]
+        y = [1 - (down + 1) / rows + 0.2 / rows * (rows > 1), 1 - down / rows]
         axis = {"gridcolor": "rgba(128,128,128,.22)", "zeroline": False, "linecolor": NEUTRAL, "ticks": "outside"}
-        layout[f"xaxis{suffix}"] = {**axis, "domain": x, "anchor": f"y{suffix}", "title": {"text": _plain(metric)}}
+        layout[f"xaxis{suffix}"] = {
+            **axis,
+            "domain": x,
+            "anchor": f"y{suffix}",
+            "title": {"text": _plain(metric.replace("_", " "))},
+        }
         title = {"text": "leakage (worst attack's advantage)"} if across == 0 else {}
         layout[f"yaxis{suffix}"] = {**axis, "domain": y, "anchor": f"x{suffix}", "range": [-0.05, 1.06], "title": title}
         heading = {"text": _plain(setting.title), "x": sum(x) / 2, "y": y[1], "yanchor": "bottom"}
         layout["annotations"].append({**heading, "xref": "paper", "yref": "paper", "showarrow": False})
+        layout["shapes"].append(_nothing_seen(suffix, legend=number == 0))
     shown = {entry["name"] for entry in traces if entry["showlegend"]}
     for trace in traces:  # a protection that is missing from the first panel still gets its entry
         if trace["name"] not in shown and trace.get("legendgroup"):
@@ -60,7 +69,7 @@ def interactive_tradeoff(records: Sequence[Record]) -> str | None:
     return str(
         to_html(
             {"data": traces, "layout": layout},
-            config={"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]},
+            config={"displaylogo": False, "responsive": True, "displayModeBar": "hover", "modeBarButtons": BUTTONS},
             include_plotlyjs=True,
             full_html=False,
             div_id=PLOT_ID,
@@ -68,6 +77,22 @@ def interactive_tradeoff(records: Sequence[Record]) -> str | None:
             default_height=f"{layout['height']}px",
         )
     )
+
+
+def _nothing_seen(suffix: str, *, legend: bool) -> dict[str, Any]:
+    """Return the line of the no-observation baseline, across its whole panel."""
+    return {
+        "type": "line",
+        "name": "attacker who saw nothing",
+        "showlegend": legend,
+        "xref": f"x{suffix} domain",
+        "yref": f"y{suffix}",
+        "x0": 0,
+        "x1": 1,
+        "y0": 0,
+        "y1": 0,
+        "line": {"color": NEUTRAL, "width": 1.5, "dash": "dot"},
+    }
 
 
 def _traces(
@@ -130,7 +155,7 @@ def _error(spreads: Sequence[Spread], colour: str) -> dict[str, Any]:
 def _hover(mark: Mark, metric: str) -> str:
     """Return all figures of a point; plotly reads a little HTML, so whatever came from outside is escaped."""
     point = mark.point
-    lines = [f"<b>{_plain(point.name)}</b>", f"{_plain(metric)} {spread(mark.utility)}"]
+    lines = [f"<b>{_plain(point.name)}</b>", f"{_plain(metric.replace('_', ' '))} {spread(mark.utility)}"]
     for attack in point.attacks:
         advantage = Spread.of(leak.advantage for leak in point.leaks(attack))
         lines.append(f"leakage, {_plain(attack)}: {spread(advantage)}")
@@ -147,4 +172,4 @@ def _hover(mark: Mark, metric: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return html.escape(text.replace("_", " "))
+    return html.escape(text)

@@ -16,7 +16,6 @@ from experiments.experiment import Experiment, Options
 __all__ = ["command", "listed", "seeds"]
 
 Execute = Callable[[Experiment, Any, Options, bool], None]
-PLAIN = (int, float, str, bool, Path)
 COMMON_PANEL = "Options of every experiment"
 
 
@@ -37,9 +36,9 @@ def command(experiment: Experiment, execute: Execute) -> Any:
     parameters = [*own, *common]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command(experiment.name, help=escape(experiment.summary))(call)
-    return typer.main.get_command(app)
+    single = typer.Typer(add_completion=False)
+    single.command(experiment.name, help=escape(experiment.summary), rich_help_panel="Experiments")(call)
+    return typer.main.get_command(single)
 
 
 def seeds(text: str) -> tuple[int, ...]:
@@ -71,7 +70,7 @@ def listed(kind: type) -> Callable[[str], tuple[Any, ...]]:
 
 
 _PLURAL = {int: "whole numbers", float: "numbers", str: "names"}
-_ONE = {int: "INTEGER", float: "NUMBER", str: "NAME"}
+_ONE = {int: "INTEGER", float: "NUMBER", str: "NAME", bool: "", Path: "PATH"}
 
 
 def _common(name: str) -> list[inspect.Parameter]:
@@ -84,15 +83,15 @@ def _common(name: str) -> list[inspect.Parameter]:
 
     base = Options()
     return [
-        option("data", str, base.data, "Data set; `splitlearn list data` names them."),
+        option("data", str, base.data, "Data set, one of `splitlearn list data`.", metavar="NAME"),
         option(
             "data_dir", Path | None, None, "Folder with the data sets' files.", envvar="SPLITLEARN_DATA", metavar="DIR"
         ),
         option("seeds", str, _text(base.seeds), "Seeds: 0,1,2 or 0-4.", parser=seeds, metavar="SEED,…"),
-        option("device", str, base.device, "cpu, cuda, cuda:1 …; auto takes an accelerator where there is one."),
-        option("out", Path, Path("runs") / name, "Folder for records, pictures and the report.", metavar="DIR"),
-        option("jobs", int, base.jobs, "Trials at once, each in its own process; 0 takes one a core.", min=0),
-        option("quiet", bool, False, "Show no progress.", is_flag=True),
+        option("device", str, base.device, "cpu, cuda, cuda:1 …; auto: a GPU where there is one.", metavar="NAME"),
+        option("out", Path, Path("runs") / name, "Folder for records and report.", metavar="DIR"),
+        option("jobs", int, base.jobs, "Trials at once; 0: one a core.", metavar="INTEGER", min=0),
+        option("quiet", bool, False, "Show no progress.", metavar="", is_flag=True),
     ]
 
 
@@ -123,12 +122,14 @@ def _own(experiment: Experiment, taken: set[str]) -> list[inspect.Parameter]:
 def _read(hint: Any, where: str) -> tuple[Any, dict[str, Any]]:
     """Return the annotation that typer knows and what else it must be told, for a field of this type."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis and arguments[0] in _ONE:
+    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis and arguments[0] in _PLURAL:
         return str, {"parser": listed(arguments[0]), "metavar": f"{_ONE[arguments[0]]},…"}
     alone = [argument for argument in arguments if argument is not type(None)]
-    optional = origin in (Union, UnionType) and len(alone) == 1 and alone[0] in PLAIN
-    if hint in PLAIN or origin is Literal or optional:
+    plain = alone[0] if origin in (Union, UnionType) and len(alone) == 1 else hint
+    if origin is Literal:
         return hint, {}
+    if plain in _ONE:
+        return hint, {"metavar": _ONE[plain]}
     raise ValueError(
         f"{where}: expected int, float, str, bool, Path, a Literal, one of these or None, or tuple[int, ...] and "
         f"its like, got {hint}; change the field's type"

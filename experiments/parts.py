@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 from splitlearn.frames import Codec
 from splitlearn.party import Guard
+from splitlearn.threat import Threat
 
-__all__ = ["Attack", "Bench", "Protection", "Protocol", "Shield", "find"]
+__all__ = ["Attack", "Bench", "Protection", "Protocol", "Shield", "find", "number"]
 
 T = TypeVar("T")
 
@@ -33,19 +34,24 @@ class Protection:
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack on a view. ``build(seed)`` makes it; its result's candidates are scored, the best one counts."""
+    """An attack under the threat that it declares. ``build(seed)`` makes its members; the best one's score counts."""
 
     summary: str
     family: str
-    build: Callable[[int], Callable[[Any], Any]]
+    threat: Threat
+    build: Callable[[int], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way to train; ``train(setting, splits)`` runs it and returns what the evaluation needs."""
+    """A way to train; ``train(training, splits, shield)`` runs it and returns what the evaluation needs."""
 
-    summary: str
     train: Callable[..., Any]
+
+    @property
+    def summary(self) -> str:
+        """The first line of what the function says of itself."""
+        return (self.train.__doc__ or "").split("\n")[0]
 
 
 @dataclass(frozen=True)
@@ -63,3 +69,11 @@ def find(kind: str, name: str, among: Mapping[str, T]) -> T:
     near = get_close_matches(name, among, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(among)}"
     raise LookupError(f"no {kind} is named {name!r}: {hint}")
+
+
+def number(text: str, what: str) -> float:
+    """Return the number in ``text``; anything else is a ``ValueError`` that says what was expected."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"expected {what}, got {text!r}; for example 0.1") from None

@@ -1,4 +1,4 @@
-"""One function a protocol: who holds what, over which wires, trained as the setting says.
+"""One function a protocol: who holds what, over which wires, trained as the training says.
 
 All parties share this process, and everything between them crosses as real frames, metered and, at the server,
 recorded. The shield is on what the clients send. Each function ends in the model as its first client sees it.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.parts import Shield
-from experiments.training import Setting, Trained, build_model, optimizer_for
+from experiments.training import Trained, Training, build_model, optimizer_for
 from splitlearn.cut import cut
 from splitlearn.data import Splits, partition
 from splitlearn.federation import (
@@ -52,19 +52,19 @@ FED = ["every client's weights after every round", "how many samples each client
 NOTHING = ["gradients at the cut", "the loss"]
 
 
-def train_unsplit(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+def train_unsplit(training: Training, splits: Splits, shield: Shield) -> Trained:
     """The whole model in one place: the reference that every protocol is measured against."""
-    model = build_model(splits, seed=setting.seed).to(setting.device)
-    whole = Learner("unsplit", model, optimizer_for(model, setting), seed=setting.seed)
-    batches = _batches(setting, splits.private.x, splits.private.y)
-    losses = fit(epochs_of(lambda x, y: whole.learn(x, y)[0], batches), epochs=setting.epochs).losses
+    model = build_model(splits, seed=training.seed).to(training.device)
+    whole = Learner("unsplit", model, optimizer_for(model, training), seed=training.seed)
+    batches = _batches(training, splits.private.x, splits.private.y)
+    losses = fit(epochs_of(lambda x, y: whole.learn(x, y)[0], batches), epochs=training.epochs).losses
     return Trained([whole], model, losses, {}, {"nobody": ["nothing crosses"]}, splits.private.x)
 
 
-def train_vanilla(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+def train_vanilla(training: Training, splits: Splits, shield: Shield) -> Trained:
     """Vanilla split learning: the server learns the labels; several clients take turns and hand their bottom on."""
-    table = _table(setting, splits, shield, shared=True)
-    if setting.clients == 1:
+    table = _table(training, splits, shield, shared=True)
+    if training.clients == 1:
         losses = table.rounds(lambda: apart_round(table.members))
         return table.finished(losses, {"server": LABELLED, "client": NOTHING})
     losses = table.rounds(lambda: in_turn_round(table.remote, table.bottom))
@@ -72,51 +72,51 @@ def train_vanilla(setting: Setting, splits: Splits, shield: Shield) -> Trained:
     return table.finished(losses, {"server": [*LABELLED, "every bottom handed on"], "client": NOTHING})
 
 
-def train_u_shaped(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+def train_u_shaped(training: Training, splits: Splits, shield: Shield) -> Trained:
     """U-shaped split learning: bottom, head and labels stay with the client, the server holds the middle."""
-    _one_client(setting, "u_shaped")
-    model = build_model(splits, seed=setting.seed).to(setting.device)
-    bottom, middle, head = cut(model, setting.cut, len(model) - 1)
-    client = _client(setting, bottom, shield, 0)
-    top = Learner("head", head, optimizer_for(head, setting), seed=setting.seed + 7)
-    line = wire(_server(setting, middle), shield.codec)
-    batches = _batches(setting, splits.private.x, splits.private.y)
+    _one_client(training, "u_shaped")
+    model = build_model(splits, seed=training.seed).to(training.device)
+    bottom, middle, head = cut(model, training.cut, len(model) - 1)
+    client = _client(training, bottom, shield, 0)
+    top = Learner("head", head, optimizer_for(head, training), seed=training.seed + 7)
+    line = wire(_server(training, middle), shield.codec)
+    batches = _batches(training, splits.private.x, splits.private.y)
     step = partial(u_shaped, client, line.party, top)
-    losses = fit(epochs_of(step, batches), epochs=setting.epochs).losses
+    losses = fit(epochs_of(step, batches), epochs=training.epochs).losses
     visible = {"server": UNLABELLED, "client": ["everything but the server's weights"]}
     encoder = Encoder(bottom, client.guard, shield.codec)
     chain: list[Predictor] = [client, line.party, top]
     return Trained(chain, model, losses, _counted([line.meter]), visible, splits.private.x, encoder, line.record)
 
 
-def train_splitfed_v1(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+def train_splitfed_v1(training: Training, splits: Splits, shield: Shield) -> Trained:
     """SplitFed V1: a server copy for each client; bottoms and tops are averaged every round."""
-    table = _table(setting, splits, shield, shared=False)
+    table = _table(training, splits, shield, shared=False)
     losses = table.rounds(lambda: splitfed_v1_round(table.remote, table.sessions, table.bottom, table.top))
     table.members[0].learner.load_weights(table.bottom.weights())
     table.sessions[table.members[0].name].load_weights(table.top.weights())
     return table.finished(losses, {"server": LABELLED, "fed server": FED, "client": NOTHING})
 
 
-def train_splitfed_v2(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+def train_splitfed_v2(training: Training, splits: Splits, shield: Shield) -> Trained:
     """SplitFed V2: all clients share one server in its order; bottoms are averaged every round."""
-    table = _table(setting, splits, shield, shared=True)
+    table = _table(training, splits, shield, shared=True)
     losses = table.rounds(lambda: splitfed_v2_round(table.remote, table.bottom))
     table.members[0].learner.load_weights(table.bottom.weights())
     return table.finished(losses, {"server": LABELLED, "fed server": FED, "client": NOTHING})
 
 
-def train_splitfed_v3(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+def train_splitfed_v3(training: Training, splits: Splits, shield: Shield) -> Trained:
     """SplitFed V3: every client keeps its own bottom; tops are averaged every round."""
-    table = _table(setting, splits, shield, shared=False)
+    table = _table(training, splits, shield, shared=False)
     losses = table.rounds(lambda: splitfed_v3_round(table.members, table.sessions, table.top))
     table.sessions[table.members[0].name].load_weights(table.top.weights())
     return table.finished(losses, {"server": LABELLED, "client": NOTHING})
 
 
-def train_parallel(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+def train_parallel(training: Training, splits: Splits, shield: Shield) -> Trained:
     """Parallel split learning: one server pass over all clients' activations; bottoms are averaged every epoch."""
-    table = _table(setting, splits, shield, shared=True)
+    table = _table(training, splits, shield, shared=True)
     clients = [member.learner for member in table.members]
     server = table.wires[0].party
 
@@ -124,33 +124,33 @@ def train_parallel(setting: Setting, splits: Splits, shield: Shield) -> Trained:
         done = parallel_round(clients, server, table.batches, bottom=table.bottom)
         return done.loss
 
-    losses = fit(epoch, epochs=setting.epochs).losses
+    losses = fit(epoch, epochs=training.epochs).losses
     clients[0].load_weights(table.bottom.weights())
     return table.finished(losses, {"server": LABELLED, "fed server": FED, "client": NOTHING})
 
 
-def train_fedavg(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+def train_fedavg(training: Training, splits: Splits, shield: Shield) -> Trained:
     """FedAvg: every client trains the whole model, the fed server averages. No activation crosses."""
-    model = build_model(splits, seed=setting.seed).to(setting.device)
+    model = build_model(splits, seed=training.seed).to(training.device)
     everywhere = Learner("fed server", model)
-    batches = _shares(setting, splits)
-    members = [Member(_client(setting, model, Shield(), number), None, own) for number, own in enumerate(batches)]
+    batches = _shares(training, splits)
+    members = [Member(_client(training, model, Shield(), number), None, own) for number, own in enumerate(batches)]
     remote, meters = _over_wires(members)
-    losses = _rounds(setting, members, batches, lambda: fedavg_round(remote, everywhere))
+    losses = _rounds(training, members, batches, lambda: fedavg_round(remote, everywhere))
     return Trained([everywhere], model, losses, _counted(meters), {"fed server": FED}, batches[0].x)
 
 
-def train_vertical(setting: Setting, splits: Splits, shield: Shield) -> Trained:
+def train_vertical(training: Training, splits: Splits, shield: Shield) -> Trained:
     """Vertical split learning: each client holds some columns, the server the labels and no feature."""
-    clients = max(2, setting.clients)
+    clients = max(2, training.clients)
     columns = partition.vertical(splits.private.x.shape[-1], clients)
-    model = build_model(splits, seed=setting.seed).to(setting.device)
-    whole, top = cut(model, setting.cut)
-    server = _server(setting, top)
+    model = build_model(splits, seed=training.seed).to(training.device)
+    whole, top = cut(model, training.cut)
+    server = _server(training, top)
     learners = []
     for number, own in enumerate(columns):
-        narrow = _narrow(splits, setting, whole, len(own), clients) if splits.private.kind == "table" else whole
-        learners.append(_client(setting, narrow, shield, number))
+        narrow = _narrow(splits, training, whole, len(own), clients) if splits.private.kind == "table" else whole
+        learners.append(_client(training, narrow, shield, number))
     # Images are joined side by side as they were parted, a table's clients by their features.
     joined: Join = partial(torch.cat, dim=-1)
     holders = [Features(one, splits.private.x[..., own]) for one, own in zip(learners, columns, strict=True)]
@@ -158,9 +158,9 @@ def train_vertical(setting: Setting, splits: Splits, shield: Shield) -> Trained:
     remote = [
         Remote(one.name, Framed(meter, shield.codec), one.name) for one, meter in zip(holders, meters, strict=True)
     ]
-    batches = _batches(setting, torch.arange(len(splits.private)), splits.private.y)
+    batches = _batches(training, torch.arange(len(splits.private)), splits.private.y)
     step = partial(vertical, server, remote, join=joined)
-    losses = fit(epochs_of(step, batches), epochs=setting.epochs).losses
+    losses = fit(epochs_of(step, batches), epochs=training.epochs).losses
     side = SideBySide([one.stage for one in learners], columns, joined)
     guarded = SideBySide([Encoder(one.stage, one.guard) for one in learners], columns, joined)
     encoder = Encoder(guarded, None, shield.codec)
@@ -201,7 +201,7 @@ class _Together:
 class _Table:
     """Clients around one server, each with its share of the private data and its own wire."""
 
-    setting: Setting
+    training: Training
     batches: list[Batches]  # each client's share of the private data
     members: list[Member]
     remote: list[RemoteMember]  # the same members as the fed server sees them
@@ -213,8 +213,8 @@ class _Table:
     shield: Shield
 
     def rounds(self, one: Callable[[], object]) -> list[float]:
-        """Run the setting's epochs, one round each, and return the mean losses."""
-        return _rounds(self.setting, self.members, self.batches, one)
+        """Run the training's epochs, one round each, and return the mean losses."""
+        return _rounds(self.training, self.members, self.batches, one)
 
     def finished(self, losses: list[float], visible: dict[str, list[str]]) -> Trained:
         """Return the model as the first client sees it, and that client as the victim."""
@@ -233,38 +233,40 @@ class _Table:
         )
 
 
-def _table(setting: Setting, splits: Splits, shield: Shield, *, shared: bool) -> _Table:
+def _table(training: Training, splits: Splits, shield: Shield, *, shared: bool) -> _Table:
     """Set the clients around a server whose stage they share, or of which each has a copy."""
-    bottom, top = cut(build_model(splits, seed=setting.seed).to(setting.device), setting.cut)
-    server = _server(setting, top)
-    clients = [_client(setting, bottom, shield, number) for number in range(setting.clients)]
+    bottom, top = cut(build_model(splits, seed=training.seed).to(training.device), training.cut)
+    server = _server(training, top)
+    clients = [_client(training, bottom, shield, number) for number in range(training.clients)]
     sessions = {one.name: server.session(one.name) if shared else server.replica(one.name) for one in clients}
     wires = [wire(session, shield.codec) for session in sessions.values()]
-    batches = _shares(setting, splits)
+    batches = _shares(training, splits)
     members = [Member(one, line.party, own) for one, line, own in zip(clients, wires, batches, strict=True)]
     remote, meters = _over_wires(members)
-    return _Table(setting, batches, members, remote, sessions, wires, meters, Learner("bottom", bottom), server, shield)
+    return _Table(
+        training, batches, members, remote, sessions, wires, meters, Learner("bottom", bottom), server, shield
+    )
 
 
-def _client(setting: Setting, stage: nn.Module, shield: Shield, number: int) -> Learner:
+def _client(training: Training, stage: nn.Module, shield: Shield, number: int) -> Learner:
     own = copy.deepcopy(stage)
     guard = copy.deepcopy(shield.guard)
-    return Learner(f"client{number}", own, optimizer_for(own, setting), guard, seed=setting.seed * 1000 + number + 1)
+    return Learner(f"client{number}", own, optimizer_for(own, training), guard, seed=training.seed * 1000 + number + 1)
 
 
-def _server(setting: Setting, stage: nn.Module) -> Learner:
-    return Learner("server", stage, optimizer_for(stage, setting), seed=setting.seed * 1000)
+def _server(training: Training, stage: nn.Module) -> Learner:
+    return Learner("server", stage, optimizer_for(stage, training), seed=training.seed * 1000)
 
 
-def _batches(setting: Setting, x: Tensor, y: Tensor) -> Batches:
-    return Batches(x, y, batch_size=setting.batch_size, seed=setting.seed)
+def _batches(training: Training, x: Tensor, y: Tensor) -> Batches:
+    return Batches(x, y, batch_size=training.batch_size, seed=training.seed)
 
 
-def _shares(setting: Setting, splits: Splits) -> list[Batches]:
+def _shares(training: Training, splits: Splits) -> list[Batches]:
     x, y = splits.private.x, splits.private.y
-    if setting.clients == 1:
-        return [_batches(setting, x, y)]
-    return [_batches(setting, x[rows], y[rows]) for rows in partition.iid(len(x), setting.clients, setting.seed)]
+    if training.clients == 1:
+        return [_batches(training, x, y)]
+    return [_batches(training, x[rows], y[rows]) for rows in partition.iid(len(x), training.clients, training.seed)]
 
 
 def _over_wires(members: Sequence[Member]) -> tuple[list[RemoteMember], list[Metered]]:
@@ -275,7 +277,7 @@ def _over_wires(members: Sequence[Member]) -> tuple[list[RemoteMember], list[Met
 
 
 def _rounds(
-    setting: Setting, members: Sequence[Member], batches: Sequence[Batches], one: Callable[[], object]
+    training: Training, members: Sequence[Member], batches: Sequence[Batches], one: Callable[[], object]
 ) -> list[float]:
     sizes = [len(own.x) for own in batches]
 
@@ -283,7 +285,7 @@ def _rounds(
         one()
         return sum(member.loss * size for member, size in zip(members, sizes, strict=True)) / sum(sizes)
 
-    return fit(epoch, epochs=setting.epochs).losses
+    return fit(epoch, epochs=training.epochs).losses
 
 
 def _counted(meters: Sequence[Metered]) -> dict[str, dict[str, int]]:
@@ -292,7 +294,7 @@ def _counted(meters: Sequence[Metered]) -> dict[str, dict[str, int]]:
     return {direction: dict(sorted(counts.items())) for direction, counts in total.items()}
 
 
-def _narrow(splits: Splits, setting: Setting, whole: nn.Module, columns: int, clients: int) -> nn.Module:
+def _narrow(splits: Splits, training: Training, whole: nn.Module, columns: int, clients: int) -> nn.Module:
     """Return a bottom for some columns of a table, as wide at the cut as this client's share of the whole bottom."""
     with torch.no_grad():
         width = whole.cpu()(splits.private.x[:1]).shape[-1]
@@ -301,10 +303,10 @@ def _narrow(splits: Splits, setting: Setting, whole: nn.Module, columns: int, cl
             f"expected clients that share {width} features at the cut evenly, got {clients}; use --clients 2"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(setting.seed)
-        return nn.Sequential(nn.Linear(columns, width // clients), nn.ReLU()).to(setting.device)
+        torch.manual_seed(training.seed)
+        return nn.Sequential(nn.Linear(columns, width // clients), nn.ReLU()).to(training.device)
 
 
-def _one_client(setting: Setting, protocol: str) -> None:
-    if setting.clients != 1:
-        raise ValueError(f"protocol {protocol} has one client, got {setting.clients}; use --clients 1")
+def _one_client(training: Training, protocol: str) -> None:
+    if training.clients != 1:
+        raise ValueError(f"protocol {protocol} has one client, got {training.clients}; use --clients 1")

@@ -137,13 +137,13 @@ def _leakage_table(points: Sequence[Point], family: str) -> Table:
     for point, attack, found in leaks:
         row = [*_head(point, points), attack, spread(Spread.of(leak.advantage for leak in found))]
         for metric in metrics:
-            row.append(spread(Spread.of(leak.metrics[metric] for leak in found if metric in leak.metrics)))
+            row.append(_mean(Spread.of(leak.metrics[metric] for leak in found if metric in leak.metrics), number))
             baselines = [leak.baseline(metric) for leak in found]
             row.append(_mean(Spread.of(value for value in baselines if value is not None), number))
         rows.append(tuple(row))
     caption = (
         f"Attacks on {family}. Advantage: 0 is what an attacker who saw nothing reaches, 1 is everything. "
-        "Baseline: the best such an attacker does. Quantiles over samples are in results.csv."
+        "Metrics are means; baseline is the best that such an attacker does. results.csv holds quantiles over samples."
     )
     return Table(caption, tuple(columns), tuple(rows), len(_heads(points)) + 1)
 

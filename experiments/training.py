@@ -1,23 +1,27 @@
 """Train one model under one protocol, protected by one shield, over real frames: what every experiment starts with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from splitlearn.cut import layer_names
 from splitlearn.data import DATASETS, Splits, load, split, standardise
 from splitlearn.models import model_for
 from splitlearn.threat import Encoder
 from splitlearn.train import Predictor
 from splitlearn.wire import Recorded
 
-__all__ = ["Setting", "Trained", "build_model", "device_of", "load_splits", "optimizer_for"]
+__all__ = ["Trained", "Training", "build_model", "default_cut", "device_of", "load_splits", "optimizer_for"]
+
+
+USUAL_CUTS = ("relu2", "block2", "pool2", "relu1")  # after the second block, where there is one
 
 
 @dataclass(frozen=True)
-class Setting:
+class Training:
     """How a model is trained; together with data and protection it decides the result to the bit."""
 
     protocol: str = "vanilla"
@@ -29,6 +33,7 @@ class Setting:
     clients: int = 1
     seed: int = 0
     device: str = "cpu"
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -62,31 +67,43 @@ def device_of(name: str) -> str:
     return name
 
 
-def load_splits(name: str, data_dir: Path | None) -> Splits:
+def load_splits(name: str, data_dir: Path | None, *, dtype: str = "float32") -> Splits:
     """Return private, auxiliary and test parts, disjoint by index, at the data set's default sizes."""
     dataset = load(name, data_dir=data_dir)
     private, auxiliary, test = DATASETS[name].sizes
     splits = split(dataset, private=private, auxiliary=auxiliary, test=test)
-    return standardise(splits) if dataset.kind in ("table", "signal") else splits
+    splits = standardise(splits) if dataset.kind == "table" else splits
+    if dtype == "float32" or not dataset.x.is_floating_point():
+        return splits
+    wide = [replace(part, x=part.x.double()) for part in (splits.private, splits.auxiliary, splits.test)]
+    return Splits(*wide)
 
 
 def build_model(splits: Splits, *, seed: int) -> nn.Sequential:
     """Return a fresh model that fits the data."""
     private = splits.private
     shape = tuple(private.x.shape[1:])
-    vocabulary = int(private.x.max()) + 1 if private.kind == "tokens" else None
+    vocabulary = len(private.names or ()) if private.kind == "tokens" else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model_for(shape, private.num_classes, private.kind, vocabulary)
+        model = model_for(shape, private.num_classes, private.kind, vocabulary)
+    return model.to(private.x.dtype) if private.x.is_floating_point() else model
 
 
-def optimizer_for(stage: nn.Module, setting: Setting) -> torch.optim.Optimizer | None:
-    """Return the setting's optimizer over the stage, or None where it has nothing to train."""
+def default_cut(splits: Splits) -> str:
+    """Return the last layer below the usual cut of the model that fits the data, about a third of the way up."""
+    names = layer_names(build_model(splits, seed=0))
+    usual = [name for name in USUAL_CUTS if name in names]
+    return usual[0] if usual else names[len(names) // 3]
+
+
+def optimizer_for(stage: nn.Module, training: Training) -> torch.optim.Optimizer | None:
+    """Return the training's optimizer over the stage, or None where it has nothing to train."""
     parameters = list(stage.parameters())
     if not parameters:
         return None
-    if setting.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=setting.lr)
-    if setting.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=setting.lr, momentum=0.9)
-    raise LookupError(f"no optimizer is named {setting.optimizer!r}: expected adam or sgd")
+    if training.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=training.lr)
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=training.lr, momentum=0.9)
+    raise LookupError(f"no optimizer is named {training.optimizer!r}: expected adam or sgd")

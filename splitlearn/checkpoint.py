@@ -1,12 +1,13 @@
 """Checkpoints: a tree of tensors and plain values as one safetensors file, written whole or not at all.
 
-No pickle. The tree's shape and a CRC-32 of all tensor bytes stand in the file's metadata.
+No pickle. The tree and a CRC-32 of everything in it, tensors included, stand in the file's metadata.
 """
 
 import json
 import os
-import tempfile
+import secrets
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch import Tensor
 __all__ = ["load_checkpoint", "save_checkpoint", "write_atomically"]
 
 
+FORMAT = "splitlearn checkpoint 1"
+
+
 def save_checkpoint(path: Path, state: Any) -> None:
     """Write ``state``, dicts, lists and tuples of tensors, numbers, strings, booleans and None, to ``path``.
 
@@ -25,12 +29,8 @@ def save_checkpoint(path: Path, state: Any) -> None:
     cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    tree = _flat(state, tensors)
-    metadata = {
-        "tree": json.dumps(tree),
-        "crc32": f"{_checksum(tensors):08x}",
-        "format": "splitlearn checkpoint 1",
-    }
+    tree = json.dumps(_flat(state, tensors))
+    metadata = {"tree": tree, "crc32": f"{_checksum(tree, tensors):08x}", "format": FORMAT}
     write_atomically(path, save(tensors, metadata=metadata))
 
 
@@ -47,31 +47,35 @@ def load_checkpoint(path: Path) -> Any:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is cut short or not a checkpoint ({error}); delete it and start again") from error
-    if "tree" not in metadata:
+    if metadata.get("format") != FORMAT or "tree" not in metadata:
         raise ValueError(f"{path} is a safetensors file, but not a checkpoint of this toolkit; give another path")
-    found = f"{_checksum(tensors):08x}"
+    found = f"{_checksum(metadata['tree'], tensors):08x}"
     if found != metadata.get("crc32"):
         raise ValueError(
             f"{path} is damaged: expected checksum {metadata.get('crc32')}, got {found}; delete it and start again"
         )
-    return _full(json.loads(metadata["tree"]), tensors)
+    try:
+        return _full(json.loads(metadata["tree"]), tensors)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} holds no tree of tensors and plain values ({error}); give another path") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` through a temporary file beside it; the file appears whole or not at all."""
+    """Write ``content`` to ``path`` through a temporary file beside it; the file appears whole or not at all.
+
+    Raises ``ValueError`` where that is not possible; what stood at ``path`` before then still stands.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ValueError(f"{path.parent} cannot be written ({error.strerror}); choose another folder") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)  # noqa: PTH105
+        temporary.replace(path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         if isinstance(error, OSError):
             raise ValueError(
                 f"{path} cannot be written ({error.strerror}); free space or choose another folder"
@@ -79,11 +83,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    crc = 0
+def _checksum(tree: str, tensors: dict[str, Tensor]) -> int:
+    """Return the CRC-32 of the tree and of each tensor's name, type, shape and bytes."""
+    crc = zlib.crc32(tree.encode())
     for name in sorted(tensors):
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        crc = zlib.crc32(flat.numpy().data, zlib.crc32(name.encode(), crc))
+        tensor = tensors[name].detach().cpu().contiguous()
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
     return crc
 
 

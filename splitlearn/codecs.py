@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import Any
 
+import numpy as np
 import torch
 import zstandard
 from torch import Tensor
 
-from splitlearn.frames import DTYPE_NAMES, DTYPES, Codec, Kind
+from splitlearn.frames import DTYPE_NAMES, DTYPES, MAX_DIMS, Codec, Kind
 
 __all__ = ["ErrorFeedback", "Float16", "Int8", "TopK", "Zstd", "through"]
 
@@ -21,30 +22,31 @@ CUT = frozenset({Kind.ACTIVATION, Kind.GRADIENT})
 
 @dataclass(frozen=True)
 class Int8:
-    """Affine quantisation to 256 levels between each row's least and greatest value: error at most range / 510."""
+    """Affine quantisation to 256 levels between each row's least and greatest value: error at most range / 510.
+
+    A constant row comes back exactly. Beside that bound stand a few roundings of the row's greatest magnitude, in
+    the tensor's type or in float32, whichever is finer.
+    """
 
     kinds: frozenset[Kind] = CUT
     name = "int8"
 
     def pack(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the levels (uint8) and each row's least value and step (float32)."""
-        rows = _finite_rows(key, tensor).float()
-        if rows.shape[1] == 0:
-            low = step = rows.new_zeros(len(rows))
-        else:
-            low, high = rows.amin(1), rows.amax(1)
-            step = (high - low) / 255
-        safe = torch.where(step > 0, step, torch.ones_like(step))
-        levels = ((rows - low[:, None]) / safe[:, None]).round().clamp(0, 255).to(torch.uint8)
-        return {"levels": levels.reshape(tensor.shape), "low": low, "step": step}
+        """Return the levels (uint8) and each row's least value and step (float64 for float64, else float32)."""
+        rows = _rows(tensor)
+        low, high = (rows.amin(1), rows.amax(1)) if rows.shape[1] else (rows.new_zeros(len(rows)),) * 2
+        step = (high - low) / 255
+        # Not a number or infinite if any entry is, or if unpacking would overflow.
+        _check_finite(key, low + 255 * step)
+        levels = (rows - low[:, None]).div_(step.masked_fill(step == 0, 1)[:, None]).round_().clamp_(0, 255)
+        return {"levels": levels.to(torch.uint8).reshape(tensor.shape), "low": low, "step": step}
 
     def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """Return low + level · step."""
-        rows, _ = _row_shape(shape)
-        levels = _part(parts, "levels", torch.uint8, shape)
-        low, step = _part(parts, "low", torch.float32, (rows,)), _part(parts, "step", torch.float32, (rows,))
-        flat = levels.reshape(_row_shape(shape)).float() * step[:, None] + low[:, None]
-        return flat.to(dtype).reshape(shape)
+        rows, fine = _row_shape(shape), _fine(dtype)
+        levels = _part(parts, "levels", torch.uint8, shape).reshape(rows)
+        low, step = _part(parts, "low", fine, rows[:1]), _part(parts, "step", fine, rows[:1])
+        return levels.to(fine).mul_(step[:, None]).add_(low[:, None]).to(dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,23 @@ class Float16:
     name = "float16"
 
     def pack(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the scaled rows (float16) and each row's scale (float32)."""
-        rows = _finite_rows(key, tensor).float()
-        scale = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
-        safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-        return {"scaled": (rows / safe[:, None]).half().reshape(tensor.shape), "scale": scale}
+        """Return the scaled rows (float16) and each row's scale (float64 for float64, else float32)."""
+        rows = _rows(tensor)
+        scale = _greatest(rows.abs())
+        _check_finite(key, scale)
+        scaled = rows / scale.masked_fill(scale == 0, 1)[:, None]
+        return {"scaled": scaled.half().reshape(tensor.shape), "scale": scale}
 
     def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """Return scaled · scale."""
-        rows = _row_shape(shape)
-        scaled = _part(parts, "scaled", torch.float16, shape).reshape(rows).float()
-        return (scaled * _part(parts, "scale", torch.float32, (rows[0],))[:, None]).to(dtype).reshape(shape)
+        rows, fine = _row_shape(shape), _fine(dtype)
+        scaled = _part(parts, "scaled", torch.float16, shape).reshape(rows)
+        return scaled.to(fine).mul_(_part(parts, "scale", fine, rows[:1])[:, None]).to(dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
 class TopK:
-    """Keeps the ``fraction`` of each row's entries that are largest in magnitude, the rest becomes zero."""
+    """Keeps the ``fraction`` of each row's entries, at least one, largest in magnitude; the rest becomes zero."""
 
     fraction: float
     kinds: frozenset[Kind] = CUT
@@ -82,12 +85,14 @@ class TopK:
     @property
     def name(self) -> str:
         """The name, fraction included."""
-        return f"top{self.fraction:g}"
+        return f"top{self.fraction:.12g}"
 
     def pack(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
         """Return the kept values and their places in the row (int16 where a row has at most 2^15, else int32)."""
-        rows = _finite_rows(key, tensor)
-        places = rows.abs().topk(self._kept(rows.shape[1]), dim=1, sorted=False).indices.sort(1).values
+        rows = tensor.reshape(_row_shape(tuple(tensor.shape)))
+        sizes = rows.abs()
+        _check_finite(key, _greatest(sizes))
+        places = sizes.topk(self._kept(rows.shape[1]), dim=1, sorted=False).indices.sort(1).values
         return {"values": rows.gather(1, places), "places": places.to(_place_type(rows.shape[1]))}
 
     def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -96,12 +101,13 @@ class TopK:
         kept = (rows, self._kept(width))
         values = _part(parts, "values", dtype, kept)
         places = _part(parts, "places", _place_type(width), kept).long()
-        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < width:
-            raise ValueError(f"malformed frame: expected places below {width}, got {int(places.max())}")
+        rising = bool((places[:, 1:] > places[:, :-1]).all())
+        if places.numel() and not (rising and int(places[:, 0].min()) >= 0 and int(places[:, -1].max()) < width):
+            raise ValueError(f"malformed frame: expected rising places from 0 to {width - 1} in each row")
         return torch.zeros(rows, width, dtype=dtype).scatter_(1, places, values).reshape(shape)
 
     def _kept(self, width: int) -> int:
-        return min(width, ceil(self.fraction * width))
+        return min(width, max(1, ceil(round(self.fraction * width, 6))))  # 0.1 * 30 is a little more than 3
 
 
 @dataclass(frozen=True)
@@ -126,15 +132,22 @@ class Zstd:
         compressor = zstandard.ZstdCompressor(level=self.level)
         packed: dict[str, Tensor] = {}
         for part, inside in (self.inner.pack(key, tensor) if self.inner else {"tensor": tensor}).items():
-            raw = inside.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            packed[f"{part}.zst"] = torch.frombuffer(bytearray(compressor.compress(raw)), dtype=torch.uint8)
+            raw = inside.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            packed[f"{part}.zst"] = torch.frombuffer(bytearray(compressor.compress(raw.data)), dtype=torch.uint8)
             packed[f"{part}.as"] = torch.tensor([list(DTYPES).index(DTYPE_NAMES[inside.dtype]), *inside.shape])
         return packed
 
     def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """Return the decompressed tensor; no more memory is taken than a tensor of this shape, twice over, needs."""
-        limit = 2 * prod(shape) * 8 + 1024  # int64 places beside float64 values are the widest inner parts
-        inside = {name[: -len(".as")]: _inflate(name, parts, limit) for name in parts if name.endswith(".as")}
+        """Return the decompressed tensor. All inner parts together may take what the widest codec here puts out."""
+        rows, width = _row_shape(shape)
+        left = (
+            (dtype.itemsize + 4) * rows * width + 2 * _fine(dtype).itemsize * rows + 1024
+        )  # values and places, two numbers a row, slack
+        inside: dict[str, Tensor] = {}
+        for name in (name for name in parts if name.endswith(".as")):
+            part = _inflate(name, parts, left)
+            inside[name[: -len(".as")]] = part
+            left -= part.nbytes
         if self.inner is not None:
             return self.inner.unpack(inside, dtype, shape)
         return _part(inside, "tensor", dtype, shape)
@@ -162,7 +175,13 @@ class ErrorFeedback:
         """Return the inner codec's parts of ``tensor`` plus what was lost under this key so far."""
         if Kind.of(key) is not Kind.UPDATE:
             raise ValueError(f"expected a model update, got {key!r}; error feedback would mix samples in anything else")
-        wanted = tensor + self._residual[key] if key in self._residual else tensor
+        residual = self._residual.get(key)
+        if residual is not None and residual.shape != tensor.shape:
+            raise ValueError(
+                f"expected {key!r} of shape {tuple(residual.shape)} as before, got {tuple(tensor.shape)}; "
+                "use one ErrorFeedback a sender and model"
+            )
+        wanted = tensor if residual is None else tensor + residual
         parts = self.inner.pack(key, wanted)
         self._residual[key] = wanted - self.inner.unpack(parts, tensor.dtype, tuple(tensor.shape))
         return parts
@@ -194,10 +213,25 @@ def _row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (1, prod(shape)) if len(shape) < 2 else (shape[0], prod(shape[1:]))
 
 
-def _finite_rows(key: str, tensor: Tensor) -> Tensor:
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"expected finite values in {key!r}, got nan or inf; a codec cannot carry them")
-    return tensor.reshape(_row_shape(tuple(tensor.shape)))
+def _fine(dtype: torch.dtype) -> torch.dtype:
+    """Return the type to reckon in: float64 for float64, float32 for all narrower ones."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(_row_shape(tuple(tensor.shape))).to(_fine(tensor.dtype))
+
+
+def _greatest(rows: Tensor) -> Tensor:
+    """Return each row's greatest value, zero for rows without entries; nan where a row has one."""
+    return rows.amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
+
+
+def _check_finite(key: str, values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            f"expected finite values in {key!r}, got nan, inf or too wide a range; a codec cannot carry them"
+        )
 
 
 def _place_type(width: int) -> torch.dtype:
@@ -215,7 +249,7 @@ def _part(parts: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tup
 def _inflate(name: str, parts: Mapping[str, Tensor], limit: int) -> Tensor:
     """Return one decompressed part, after its promised size has been checked against its shape and the limit."""
     described, squeezed = parts[name], parts.get(name[: -len(".as")] + ".zst")
-    fits = described.dtype == torch.int64 and described.ndim == 1 and len(described) >= 1
+    fits = described.dtype == torch.int64 and described.ndim == 1 and 1 <= len(described) <= 1 + MAX_DIMS
     numbers = described.tolist() if fits else [-1]
     if squeezed is None or squeezed.dtype != torch.uint8 or min(numbers) < 0 or numbers[0] >= len(DTYPES):
         raise ValueError(f"malformed frame: {name!r} does not describe a compressed part")
@@ -224,18 +258,18 @@ def _inflate(name: str, parts: Mapping[str, Tensor], limit: int) -> Tensor:
     raw = squeezed.numpy().tobytes()
     try:
         promised = zstandard.frame_content_size(raw)
-        if nbytes > limit or promised != nbytes:
+        # Sizes of zero count as one: torch multiplies the others all the same.
+        if prod(size or 1 for size in shape) * dtype.itemsize > limit or promised != nbytes:
             raise ValueError(
                 f"malformed frame: {name!r} promises {promised} bytes, its shape takes {nbytes} of {limit} allowed"
             )
-        flat = zstandard.ZstdDecompressor().decompress(raw, max_output_size=nbytes) if nbytes else b""
+        flat = zstandard.ZstdDecompressor().decompress(raw) if nbytes else b""
     except zstandard.ZstdError as error:
         raise ValueError(f"malformed frame: {name!r} is not Zstandard data ({error})") from error
     if len(flat) != nbytes:
         raise ValueError(f"malformed frame: {name!r} holds {len(flat)} bytes, its shape takes {nbytes}")
-    fresh = torch.empty(nbytes, dtype=torch.uint8)
-    if nbytes:
-        fresh.copy_(torch.frombuffer(bytearray(flat), dtype=torch.uint8))
-    if dtype is torch.bool and nbytes and int(fresh.max()) > 1:
+    tensor = torch.empty(nbytes, dtype=torch.uint8)
+    tensor.numpy()[:] = np.frombuffer(flat, np.uint8)
+    if dtype is torch.bool and nbytes and int(tensor.max()) > 1:
         raise ValueError("malformed frame: a truth value is neither 0 nor 1")
-    return fresh.view(dtype).reshape(shape)
+    return tensor.view(dtype).reshape(shape)

@@ -159,7 +159,7 @@ def frame_nbytes(frame: bytes | bytearray | memoryview) -> Counter[str]:
     header, start = _header(memoryview(frame))
     header.pop("__metadata__", None)
     counts: Counter[str] = Counter()
-    for key, _, _, low, high in _layout(header, len(frame) - start, len(frame)):
+    for key, _, _, low, high in _layout(header, len(frame) - start, 1 << 60):
         counts[Kind.of(key.partition(PART)[0]).value] += high - low
     counts[Kind.FRAMING.value] = start
     return counts
@@ -245,6 +245,8 @@ def _layout(
     header: dict[str, Any], nbytes: int, max_nbytes: int
 ) -> list[tuple[str, torch.dtype, tuple[int, ...], int, int]]:
     """Return key, type, shape, start and end of each tensor, after a check that they fill the payload in order."""
+    if nbytes > max_nbytes:
+        raise ValueError(f"expected a payload of at most {max_nbytes} bytes, got {nbytes}; raise max_nbytes=…")
     places, at = [], 0
     for key, entry in header.items():
         Kind.of(key.partition(PART)[0])
@@ -275,7 +277,7 @@ def _type_and_shape(key: str, name: Any, shape: Any, max_nbytes: int) -> tuple[t
         if type(size) is not int or not 0 <= size < 1 << 40:
             raise ValueError(f"malformed frame: expected sizes from 0 to 2^40 as shape of {_short(key)}")
         extent *= size or 1
-    if extent * dtype.itemsize > max_nbytes and extent > 1:
+    if extent * dtype.itemsize > max_nbytes:
         raise ValueError(f"malformed frame: {_short(key)} of shape {shape} is over the limit of {max_nbytes} bytes")
     return dtype, tuple(shape)
 
@@ -316,7 +318,7 @@ def _unpacked(
     for key, entry in packed.items():
         if type(entry) is not list or len(entry) != 2:
             raise ValueError(f"malformed frame: expected a type and a shape for {_short(key)}")
-        dtype, shape = _type_and_shape(key, *entry, left)
+        dtype, shape = _type_and_shape(key, entry[0], entry[1], left)
         if Kind.of(key) not in codec.kinds or key in result or not dtype.is_floating_point:
             raise ValueError(f"malformed frame: {_short(key)} is not packed by {codec.name}, or stands twice")
         result[key] = codec.unpack(parts[key], dtype, shape)

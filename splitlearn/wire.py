@@ -6,6 +6,7 @@ A view is recorded on the observer's own side, here right of ``serve``, after ev
 what crossed and nothing else.
 """
 
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -33,47 +34,56 @@ class Transport(Protocol):
         """Return the reply to ``message``."""
 
 
-class Service:
-    """Answers for parties and members, one a session. A repeated step gets the reply it got before."""
-
-    def __init__(self, sessions: Mapping[str, Any]):
-        self.sessions = dict(sessions)
-        self._last: dict[str, tuple[Message, Message]] = {}
-
-    def request(self, message: Message) -> Message:
-        """Do what the message asks of its session's party and return the reply."""
-        party = self.sessions.get(message.session)
-        if party is None:
-            raise ValueError(f"expected a session among {', '.join(self.sessions)}; got {message.session!r}")
-        if message.verb not in ANSWERS:
-            raise ValueError(f"expected a verb among {', '.join(ANSWERS)}; got {message.verb!r}")
-        asked, reply = self._last.get(message.session, (None, None))
-        done = asked.step if asked is not None else message.step - 1
-        if asked is not None and reply is not None and message.step == done:
-            if message.verb != asked.verb:
-                raise ValueError(
-                    f"step {done} of {message.session} was {asked.verb!r}, got {message.verb!r} for it again"
-                )
-            return reply
-        if message.step != done + 1:
-            raise ValueError(
-                f"expected step {done + 1} of {message.session}, got {message.step}; steps count up by one"
-            )
-        reply = replace(message, tensors=ANSWERS[message.verb](party, message.tensors))
-        self._last[message.session] = (replace(message, tensors={}), reply)
-        return reply
-
-
 @dataclass(frozen=True)
 class Exchange:
-    """One request and its reply, their tensors as they were at that moment."""
+    """One request and its reply."""
 
     request: Message
     reply: Message
 
 
+class Service:
+    """Answers for parties and members, one a session. A repeated step gets the reply it got before.
+
+    Each session counts its steps up by one, from wherever its first request starts. A step that was refused does
+    not count. Sessions may be asked from several threads at once; the requests of one session wait in turn.
+    """
+
+    def __init__(self, sessions: Mapping[str, Any]):
+        self.sessions = dict(sessions)
+        self._last: dict[str, Exchange] = {}
+        self._turns: dict[str, threading.Lock] = {}
+
+    def request(self, message: Message) -> Message:
+        """Do what the message asks of its session's party and return the reply.
+
+        Raises ``ValueError`` for an unknown session or verb, a step out of order, and a step repeated with another
+        verb or other tensors.
+        """
+        party = self.sessions.get(message.session)
+        if party is None:
+            raise ValueError(f"expected a session among {', '.join(self.sessions)}; got {message.session!r}")
+        if message.verb not in ANSWERS:
+            raise ValueError(f"expected a verb among {', '.join(ANSWERS)}; got {message.verb!r}")
+        with self._turns.setdefault(message.session, threading.Lock()):  # a repeat waits for the first to be done
+            last = self._last.get(message.session)
+            if last is not None and message.step == last.request.step:
+                return _repeated(last, message)
+            if last is not None and message.step != last.request.step + 1:
+                raise ValueError(
+                    f"expected step {last.request.step + 1} of {message.session}, got {message.step}; steps count up "
+                    "by one"
+                )
+            reply = replace(message, tensors=ANSWERS[message.verb](party, message.tensors))
+            self._last[message.session] = Exchange(message, reply)
+            return reply
+
+
 class Recorded:
-    """A transport that keeps a transcript of what crosses it, up to ``max_nbytes``; then the oldest are dropped."""
+    """A transport that keeps a transcript of what crosses it, up to ``max_nbytes``; then the oldest are dropped.
+
+    The transcript holds copies: what a party does to its tensors later does not show in it.
+    """
 
     def __init__(self, transport: Transport, *, max_nbytes: int = 1 << 30):
         self.exchanges: deque[Exchange] = deque()
@@ -107,20 +117,29 @@ class Framed:
         """Send the message as a frame and return the decoded reply; an error on the other end is raised here."""
         reply = decode(self._carrier(encode(message, self._codec)), self._codec)
         if Kind.ERROR in reply.tensors:
-            text = bytes(reply.tensors[Kind.ERROR].numpy().tobytes()).decode(errors="replace")
-            raise ValueError(text)
+            text = bytes(reply.tensors[Kind.ERROR].to(torch.uint8).flatten().tolist())
+            raise ValueError(text.decode(errors="replace"))
         return reply
 
 
 def serve(transport: Transport, codec: Codec | None = None) -> Carrier:
-    """Return a carrier that decodes each frame, has it answered, and encodes the reply; errors travel as text."""
+    """Return a carrier that decodes each frame, has it answered, and encodes the reply; errors travel as text.
+
+    A reply that comes a second time is the same frame, so that a codec with a memory packs it once.
+    """
+    last: dict[str, tuple[Message, bytes]] = {}
 
     def carry(frame: bytes) -> bytes:
         try:
-            return encode(transport.request(decode(frame, codec)), codec)
-        except ValueError as error:
-            text = torch.frombuffer(bytearray(str(error).encode() or b"error"), dtype=torch.uint8)
-            return encode(Message("error", {Kind.ERROR: text}))
+            reply = transport.request(decode(frame, codec))
+            before, sent = last.get(reply.session, (None, b""))
+            if reply is not before:
+                sent = encode(reply, codec)
+                last[reply.session] = reply, sent
+            return sent
+        except (ValueError, LookupError) as error:
+            text = str(error).encode(errors="replace") or b"error"
+            return encode(Message("error", {Kind.ERROR: torch.frombuffer(bytearray(text), dtype=torch.uint8)}))
 
     return carry
 
@@ -198,7 +217,7 @@ class Remote:
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the remote stage's activation as a fresh leaf that asks for a gradient."""
-        z = self._ask("forward", {_input_kind(x): x})[Kind.ACTIVATION]
+        z = _need(self._ask("forward", {_input_kind(x): x}), Kind.ACTIVATION)
         return z.to(x.device).detach().requires_grad_()
 
     def backward(self, g: Tensor) -> Tensor | None:
@@ -209,7 +228,7 @@ class Remote:
     def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the mean loss and, if ``z`` asks for it, its gradient."""
         reply = self._ask("learn", {_input_kind(z): z, Kind.LABEL: y})
-        return reply[Kind.LOSS].to(z.device), _on(z.device, reply.get(Kind.GRADIENT))
+        return _need(reply, Kind.LOSS).to(z.device), _on(z.device, reply.get(Kind.GRADIENT))
 
     def label(self, y: Tensor) -> Tensor:
         """Labels are a local matter; raises ``ValueError``."""
@@ -220,7 +239,7 @@ class Remote:
     def predict(self, x: Tensor) -> Tensor:
         """Return the remote stage's output in evaluation mode."""
         kind = Kind.ACTIVATION if x.is_floating_point() else Kind.INPUT
-        return self._ask("predict", {kind: x})[Kind.PREDICTION].to(x.device)
+        return _need(self._ask("predict", {kind: x}), Kind.PREDICTION).to(x.device)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the remote stage's parameters and buffers."""
@@ -231,7 +250,13 @@ class Remote:
         self._ask("load_weights", keyed(weights, Kind.WEIGHTS))
 
     def _ask(self, verb: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        reply = self._transport.request(Message(verb, tensors, self._session, self._steps + 1))
+        request = Message(verb, tensors, self._session, self._steps + 1)
+        reply = self._transport.request(request)
+        if (reply.verb, reply.session, reply.step) != (verb, self._session, request.step):
+            raise ValueError(
+                f"{self.name}: expected the reply to {verb!r}, step {request.step}; got one to {reply.verb!r}, "
+                f"step {reply.step}; give each session a transport of its own"
+            )
         self._steps += 1  # a request that failed may be sent again
         return reply.tensors
 
@@ -297,6 +322,8 @@ def _answer_round(member: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 def _answer_update(member: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     before = named(tensors, Kind.WEIGHTS)
     weights, count = member.round(before)
+    if weights.keys() != before.keys():
+        raise ValueError(f"expected the weights {', '.join(weights)}; got {', '.join(before) or 'none'}")
     return {
         **keyed({name: w - before[name] for name, w in weights.items()}, Kind.UPDATE),
         Kind.COUNT: torch.tensor(count),
@@ -335,6 +362,16 @@ def _need(tensors: Mapping[str, Tensor], kind: Kind) -> Tensor:
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
+
+
+def _repeated(last: Exchange, message: Message) -> Message:
+    """Return the last reply again, if this is the last request again, to the bit."""
+    if encode(message) != encode(last.request):
+        raise ValueError(
+            f"step {message.step} of {message.session} was {last.request.verb!r}, got {message.verb!r} for it again "
+            "with other content; repeat a step as it was, or open a new session"
+        )
+    return last.reply
 
 
 def _copied(message: Message) -> Message:

@@ -1,7 +1,9 @@
 """Data sets behind one interface, their disjoint parts, and their partitions among clients.
 
-splits = split(load("digits"), private=800, auxiliary=600, test=397)
-clients = [splits.private.subset(rows) for rows in dirichlet(splits.private.y, 5, alpha=0.5, seed=0)]
+For example:
+
+    splits = split(load("digits"), private=800, auxiliary=600, test=397)
+    clients = [splits.private.subset(rows) for rows in dirichlet(splits.private.y, 5, alpha=0.5, seed=0)]
 """
 
 from splitlearn.data.archives import load_npz

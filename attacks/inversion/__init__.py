@@ -1,0 +1,1 @@
+"""Inversion: private inputs rebuilt from the activations that crossed."""

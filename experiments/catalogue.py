@@ -1,0 +1,16 @@
+"""All that the command line can be asked for, by name."""
+
+from experiments.bench_split import split_overhead
+from experiments.experiment import Experiment
+from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
+from experiments.parity import PARITY
+from experiments.parts import Bench
+from experiments.tradeoff import TRADEOFF
+
+__all__ = ["ATTACKS", "BENCHES", "EXPERIMENTS", "PROTECTIONS", "PROTOCOLS"]
+
+EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (TRADEOFF, PARITY)}
+
+BENCHES: dict[str, Bench] = {
+    "split-overhead": Bench("what splitting costs in time and bytes, against the same step unsplit", split_overhead),
+}

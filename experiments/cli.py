@@ -1,0 +1,316 @@
+"""The console command ``splitlearn``. Names become objects here, and nowhere else.
+
+What is heavy (torch, and with it the catalogue) is imported only in the commands that need it.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from experiments.commands import Commands, Program, unknown
+
+if TYPE_CHECKING:
+    from experiments.experiment import Experiment, Options
+
+__all__ = ["app", "main"]
+
+DEBUG = "SPLITLEARN_DEBUG"
+
+
+class _Splitlearn(Program):
+    """The program's commands, in the order in which they are met."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands."""
+        return ["list", "run", "report", "bench", "data", "doctor"]
+
+
+class _Experiments(Commands):
+    """One command an experiment."""
+
+    kind = "experiment"
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the experiments."""
+        from experiments.catalogue import EXPERIMENTS
+
+        return list(EXPERIMENTS)
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        """Return the command of one experiment, made from its configuration."""
+        from experiments.catalogue import EXPERIMENTS
+        from experiments.options import command
+
+        return command(EXPERIMENTS[name], _run)
+
+
+class _Benches(Commands):
+    """One command a benchmark."""
+
+    kind = "bench"
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the benchmarks."""
+        from experiments.catalogue import BENCHES
+
+        return list(BENCHES)
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        """Return the command of one benchmark."""
+        from experiments.catalogue import BENCHES
+
+        single = typer.Typer(add_completion=False)
+        described = single.command(name, help=escape(BENCHES[name].summary), rich_help_panel="Benches")
+        described(lambda: _bench(name, BENCHES[name].run))
+        return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    cls=_Splitlearn,
+    help="Privacy-preserving split learning: how much leaks, what protects, and what that costs.",
+    epilog="Start with `splitlearn list`, or `splitlearn run tradeoff`. Something amiss? `splitlearn doctor`.",
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+runs = typer.Typer(cls=_Experiments, invoke_without_command=True)
+benches = typer.Typer(cls=_Benches, invoke_without_command=True)
+app.add_typer(runs, name="run", help="Run an experiment, and end in a report.", subcommand_metavar="NAME [OPTIONS]")
+DataDir = Annotated[Path | None, typer.Option(envvar="SPLITLEARN_DATA", metavar="DIR", help="Default: ./data")]
+
+
+def main() -> None:
+    """Run the command that the command line names."""
+    app(prog_name="splitlearn")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"splitlearn {version('splitlearn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, metavar="", help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", envvar=DEBUG, metavar="", help="Show the traceback of an error.")] = False,
+) -> None:
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+@runs.callback()
+def _which_experiment(ctx: typer.Context) -> None:
+    _expect_name(ctx, "an experiment")
+
+
+@benches.callback()
+def _which_bench(ctx: typer.Context) -> None:
+    _expect_name(ctx, "a bench")
+
+
+@app.command("list")
+def _list(
+    kind: Annotated[
+        str, typer.Argument(help="experiments, protocols, attacks, protections, data or benches; all where left out.")
+    ] = "",
+) -> None:
+    """List what there is, a line each: experiments, protocols, attacks, defenses, data sets, benches."""
+    kinds = _catalogue()
+    kind = {"defenses": "protections", "datasets": "data"}.get(kind, kind)
+    if kind and kind not in kinds:
+        raise unknown("kind", kind, kinds)
+    console = Console(highlight=False)
+    for number, (name, (title, entries)) in enumerate(kinds.items() if not kind else [(kind, kinds[kind])]):
+        console.print(f"{'' if number == 0 else chr(10)}[bold]{title}[/bold]")
+        width = max(map(len, entries), default=0)
+        for entry, summary in entries.items():
+            console.print(f"  [cyan]{entry:<{width}}[/cyan]  {escape(summary)}", soft_wrap=True)
+        if not entries:
+            console.print(f"  no {name} yet")
+
+
+@app.command("report")
+def _report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that a run wrote its records to.")],
+) -> None:
+    """Rebuild pictures, results.csv and report.html from the records in a folder."""
+    from experiments import report
+
+    if not folder.is_dir():
+        raise LookupError(f"expected the folder of a run, got {folder}, which is none; see runs/, or --out of the run")
+    report.build(folder)
+    _show_files(folder)
+
+
+app.add_typer(benches, name="bench", help="Run a benchmark; the last line is one JSON object.", subcommand_metavar="NAME")
+
+
+@app.command("data")
+def _data(
+    name: Annotated[str, typer.Argument(help="The data set; where left out, those there are.")] = "",
+    data_dir: DataDir = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="A mirror: the file, or the folder that holds it; https, http or file.")
+    ] = None,
+) -> None:
+    """Download a data set, or list those there are and which of them are present."""
+    from splitlearn.data import DATASETS
+
+    folder = data_dir if data_dir is not None else Path("data")
+    if not name:
+        _list_data(folder)
+    elif name not in DATASETS:
+        raise unknown("data set", name, DATASETS)
+    elif not DATASETS[name].files:
+        typer.echo(f"{name} is embedded: there is nothing to fetch")
+    else:
+        _download(name, folder, url)
+
+
+@app.command("doctor")
+def _doctor() -> None:
+    """Say what is installed, what is missing and the command that mends it; run a ten-second self-test."""
+    from experiments.doctor import Finding, examine
+
+    console = Console(highlight=False)
+    colours = {"ok": "green", "missing": "yellow", "broken": "red"}
+    bad: list[Finding] = []
+    with console.status("looking …"):
+        for finding in examine():
+            mark = f"[{colours[finding.state]}]{finding.state:<8}[/]"
+            console.print(f"{mark} {finding.what:<16} {escape(finding.detail)}", soft_wrap=True)
+            bad += [finding] if finding.state != "ok" else []
+    if not bad:
+        console.print("\nEverything works.")
+        return
+    console.print("\nTo mend it:")
+    for remedy in dict.fromkeys(finding.remedy for finding in bad):
+        console.print(f"  {escape(remedy)}", soft_wrap=True)
+    if any(finding.required for finding in bad):
+        raise typer.Exit(1)
+    console.print("All that is required works; only extras want mending.")
+
+
+def _run(experiment: "Experiment", config: Any, options: "Options", quiet: bool) -> None:
+    """Run what is not done yet, build the report, and end in a table and in where to look."""
+    from experiments import report
+    from experiments.runner import run
+    from experiments.store import Store
+    from experiments.closing import closing_table
+    from experiments.workers import available_cpus
+
+    tasks = experiment.tasks(config, options)
+    store = Store(options.out)
+    summary = run(tasks, store, jobs=options.jobs or available_cpus(), progress=not quiet)
+    report.build(options.out)
+    console = Console(highlight=False)
+    console.print(closing_table(record for task in tasks if (record := store.load(task.trial)) is not None))
+    kept = f", {summary.skipped} kept from before" if summary.skipped else ""
+    console.print(f"{summary.done} trials done{kept}, {summary.failed} failed")
+    _show_files(options.out)
+    for record in summary.failures:
+        where = options.out / "trials" / record.trial / "traceback.txt"
+        line = f"failed: {record.protection} {record.strength} seed {record.seed}: {record.error}; see {where}"
+        typer.echo(line, err=True)
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+def _bench(name: str, measure: Callable[[], Mapping[str, Any]]) -> None:
+    """Measure, and print the figures as one JSON object, alone on stdout."""
+    progress = Console(stderr=True, highlight=False)
+    begun = time.monotonic()
+    progress.print(f"bench {name}: measuring …")
+    with redirect_stdout(sys.stderr):
+        figures = measure()
+    progress.print(f"bench {name}: {time.monotonic() - begun:.0f} s")
+    typer.echo(json.dumps(figures, allow_nan=False))
+
+
+def _download(name: str, folder: Path, url: str | None) -> None:
+    """Fetch the files with a progress bar on stderr, and say where they are and how to use them."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from splitlearn.data import download
+
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(name, total=None)
+        paths = download(
+            name,
+            data_dir=folder,
+            url=url,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    for path in paths:
+        typer.echo(path)
+    typer.echo(f"use it: splitlearn run tradeoff --data {name} --data-dir {folder}")
+
+
+def _list_data(folder: Path) -> None:
+    from splitlearn.data import DATASETS
+
+    def present(path: str) -> bool:
+        return any((folder / spelling).is_file() for spelling in (path, f"{path}.gz", path.removesuffix(".gz")))
+
+    console = Console(highlight=False)
+    width = max(map(len, DATASETS))
+    for name, source in DATASETS.items():
+        state = "present" if all(present(file.path) for file in source.files) else "absent"
+        state = state if source.files else "embedded"
+        console.print(f"{name:<{width}}  {state:<8}  {escape(source.summary)}", soft_wrap=True)
+    named = "SPLITLEARN_DATA" if os.environ.get("SPLITLEARN_DATA") == str(folder) else "--data-dir"
+    console.print(f"looked in {folder} (name another by {named}); fetch one with: splitlearn data NAME", soft_wrap=True)
+
+
+def _catalogue() -> dict[str, tuple[str, dict[str, str]]]:
+    """Return, by kind, its title and the line that describes each thing."""
+    from experiments.catalogue import ATTACKS, BENCHES, EXPERIMENTS, PROTECTIONS, PROTOCOLS
+    from splitlearn.data import DATASETS
+
+    kinds: dict[str, tuple[str, Mapping[str, Any]]] = {
+        "experiments": ("Experiments (splitlearn run NAME)", EXPERIMENTS),
+        "protocols": ("Protocols", PROTOCOLS),
+        "attacks": ("Attacks", ATTACKS),
+        "protections": ("Protections (defenses)", PROTECTIONS),
+        "data": ("Data sets (splitlearn data NAME)", DATASETS),
+        "benches": ("Benches (splitlearn bench NAME)", BENCHES),
+    }
+    return {
+        kind: (title, {name: thing.summary for name, thing in things.items()})
+        for kind, (title, things) in kinds.items()
+    }
+
+
+def _expect_name(ctx: typer.Context, what: str) -> None:
+    if ctx.invoked_subcommand is None:
+        names = ctx.command.list_commands(ctx)  # type: ignore[attr-defined]
+        raise LookupError(f"expected the name of {what}: {', '.join(names)}; {ctx.command_path} --help says more")
+
+
+def _show_files(folder: Path) -> None:
+    for name in ("report.html", "tradeoff.png", "reconstructions.png", "results.csv"):
+        if (folder / name).exists():
+            typer.echo(f"  {folder / name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Names become objects here, and only here: protections, attacks and protocols, one line each.
+
+To add one: write its file and its test row, then its line below. It then stands in `splitlearn list`, in `--help`,
+and in the grids and the report of every experiment.
+"""
+
+from attacks import Decoder, MaximumLikelihood
+from defenses import NoPeek
+from experiments import setups
+from experiments.parts import Attack, Protection, Protocol, Shield, number
+from privacy.dp import ClippedGaussian
+from splitlearn.codecs import Int8, TopK
+from splitlearn.frames import Codec
+from splitlearn.threat import Threat
+
+__all__ = ["ATTACKS", "PROTECTIONS", "PROTOCOLS"]
+
+WHITE_BOX = Threat(white_box=True, auxiliary=True)
+QUERIES = Threat(queries=True, auxiliary=True)
+
+
+def compressed(strength: str) -> Shield:
+    """Return the shield for ``int8`` or a fraction of entries to keep."""
+    codec: Codec = Int8() if strength == "int8" else TopK(number(strength, "a fraction to keep, or int8"))
+    return Shield(codec=codec)
+
+
+PROTECTIONS: dict[str, Protection] = {
+    "none": Protection("nothing: the activations as they are", "", ("",), lambda _: Shield()),
+    "noise": Protection(
+        "activations clipped to an L2 norm, with Gaussian noise",
+        "noise multiplier (std ÷ sensitivity)",
+        ("0.01", "0.03", "0.1"),
+        lambda strength: Shield(ClippedGaussian(clip=10.0, noise_multiplier=number(strength, "a noise multiplier"))),
+    ),
+    "nopeek": Protection(
+        "NoPeek: distance correlation between inputs and activations as a penalty",
+        "weight of the penalty",
+        ("0.5", "2", "8"),
+        lambda strength: Shield(NoPeek(weight=number(strength, "a weight"))),
+    ),
+    "compression": Protection(
+        "int8 or top-k on the wire: is it a defense?", "int8, or fraction kept", ("int8", "0.1", "0.03"), compressed
+    ),
+}
+
+ATTACKS: dict[str, Attack] = {
+    "rmle": Attack(
+        "regularised maximum likelihood through the client's own path (He et al. 2019)",
+        "reconstruction",
+        WHITE_BOX,
+        lambda seed: {"rmle": MaximumLikelihood(seed=seed)},
+    ),
+    "decoder": Attack(
+        "inverse network, trained on what crosses for own samples; three sizes (He et al. 2019)",
+        "reconstruction",
+        QUERIES,
+        lambda seed: {f"width {width}": Decoder(width=width, seed=seed) for width in (16, 32, 64)},
+    ),
+}
+
+PROTOCOLS: dict[str, Protocol] = {
+    "vanilla": Protocol(setups.train_vanilla),
+    "u_shaped": Protocol(setups.train_u_shaped),
+    "splitfed_v1": Protocol(setups.train_splitfed_v1),
+    "splitfed_v2": Protocol(setups.train_splitfed_v2),
+    "splitfed_v3": Protocol(setups.train_splitfed_v3),
+    "parallel": Protocol(setups.train_parallel),
+    "vertical": Protocol(setups.train_vertical),
+    "fedavg": Protocol(setups.train_fedavg),
+    "unsplit": Protocol(setups.train_unsplit),
+}

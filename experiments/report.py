@@ -1,0 +1,164 @@
+"""The report: plots, table and one self-contained HTML file, made anew from the records of a folder."""
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.image import imsave
+
+from experiments.figures import number, spread
+from experiments.gallery import Row, gallery, strip
+from experiments.interactive import interactive_tradeoff
+from experiments.plots import reconstructions, spread_note, tradeoff
+from experiments.record import Record
+from experiments.store import Store, write_atomically
+from experiments.summary import Mark, Point, marks, pareto_front, summarise, utility_metric
+from experiments.tables import bytes_table, leakage_tables, results_table, seconds_table, visible_table
+
+__all__ = ["build"]
+
+TOLERATED_LOSS = 0.02  # of utility, in the sentence on what protects at little cost
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A row of samples in the page, its image inline."""
+
+    row: Row
+    source: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial in the page: its record, its configuration as text, and its traceback if it failed."""
+
+    record: Record
+    config: str
+    versions: str
+    traceback: str
+
+
+def build(root: Path) -> Path:
+    """Write ``results.csv``, ``tradeoff.png``, ``reconstructions.png`` and ``report.html``; return its path.
+
+    A picture that the records have no figures for is left out, and removed if an earlier report left it. A corrupt
+    record is told of in the report; ``ValueError`` where there is none at all that can be read.
+    """
+    store = Store(root)
+    records, problems = store.survey()
+    if not records:
+        found = problems[0] if problems else "got none"
+        raise ValueError(
+            f"expected records in {root / 'trials'}, {found}; write some first: splitlearn run NAME --out {root}"
+        )
+    store.write_results(records)
+    tradeoff(records, root / "tradeoff.png")
+    reconstructions(records, store, root / "reconstructions.png")
+    return write_atomically(root / "report.html", _page(records, problems, store).encode())
+
+
+def _page(records: Sequence[Record], problems: Sequence[str], store: Store) -> str:
+    points = summarise(records)
+    failed = [record for record in records if record.status == "failed"]
+    plot = interactive_tradeoff(records)
+    environment = Environment(
+        loader=PackageLoader("experiments", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        title=", ".join(dict.fromkeys(record.experiment for record in records)),
+        settings=[setting.title for setting in dict.fromkeys(point.setting for point in points)],
+        started=sorted(
+            record.started.replace("T", " ").replace("+00:00", " UTC") for record in records if record.started
+        ),
+        summary=_summary(points, failed),
+        problems=problems,
+        plot=Markup(plot) if plot is not None else None,  # plotly escapes what it embeds
+        plot_note=spread_note(max((len(point.seeds) for point in points), default=0)),
+        pictures=[_picture(row) for row in gallery(records, store)],
+        results=results_table(points) if points else None,
+        leakage=leakage_tables(points),
+        overhead=[table for table in (bytes_table(points), seconds_table(points)) if table is not None],
+        visible=visible_table(points),
+        groups=[(point, [_trial(record, store) for record in point.records]) for point in points],
+        failed=[_trial(record, store) for record in failed],
+    )
+
+
+def _trial(record: Record, store: Store) -> Trial:
+    config = json.dumps(record.config, indent=2, sort_keys=True, ensure_ascii=False)
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    return Trial(record, config, versions, store.traceback(record.trial))
+
+
+def _picture(row: Row) -> Picture:
+    file = io.BytesIO()
+    imsave(file, strip(row.images), format="png")
+    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    what = "private samples" if not row.attack else f"what {row.attack} reconstructs of them, {row.title}"
+    return Picture(row, source, f"{len(row.images)} images: {what}")
+
+
+def _summary(points: Sequence[Point], failed: Sequence[Record]) -> list[tuple[str, list[str]]]:
+    """Return the outcome in plain words: a heading (empty for the first part, or a setting) and its sentences."""
+    trials = sum(len(point.records) for point in points)
+    seeds = sorted({seed for point in points for seed in point.seeds})
+    opening = (
+        f"{_counted(trials, 'trial')} done: {_counted(len(points), 'configuration')}, "
+        f"seeds {', '.join(map(str, seeds)) or 'none'}."
+    )
+    lines = [opening + (f" {len(failed)} failed; see the end of this page." if failed else "")]
+    metric = utility_metric(points)
+    panels = marks(points, metric)
+    if metric is None or not panels:
+        return [("", [*lines, "No trial measured both utility and leakage, so there is no trade-off to show."])]
+    told = {setting: list(_trade(members, metric.replace("_", " "))) for setting, members in panels.items()}
+    if len(told) == 1:
+        return [("", [*lines, *told[next(iter(told))]])]
+    return [("", lines), *((setting.title, sentences) for setting, sentences in told.items())]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _trade(members: Sequence[Mark], metric: str) -> Iterable[str]:
+    """Yield the sentences on one setting: unprotected, the front, little cost, no gain, worst leak."""
+
+    def words(mark: Mark) -> str:
+        return f"{mark.point.name} ({number(mark.utility.mean)}, {number(mark.leakage.mean)})"
+
+    bare = next((mark for mark in members if not mark.point.protected), None)
+    if bare is not None:
+        yield (
+            f"Unprotected, the model reaches {metric} {spread(bare.utility)}; the worst attack, "
+            f"{bare.point.attacks[0]}, leaks {spread(bare.leakage)} on a scale from 0 (no better than an attacker "
+            "who saw nothing) to 1 (everything)."
+        )
+    front = [members[place] for place in pareto_front([mark.place for mark in members])]
+    told = "; ".join(words(mark) for mark in front)
+    yield f"Best trade-offs, none of which another beats ({metric}, leakage): {told}."
+    shielded = [mark for mark in members if mark.point.protected]
+    if bare is not None and shielded:
+        cheap = [mark for mark in shielded if mark.utility.mean >= bare.utility.mean - TOLERATED_LOSS]
+        best = min(cheap, key=lambda mark: mark.leakage.mean, default=None)
+        yield (
+            f"For at most {TOLERATED_LOSS} of {metric}, least leaks under {words(best)}."
+            if best is not None
+            else f"No protection costs less than {TOLERATED_LOSS} of {metric}."
+        )
+        idle = [mark.point.name for mark in shielded if mark.leakage.mean >= bare.leakage.low]
+        if idle:
+            yield f"As leaky as no protection, within the spread over seeds: {', '.join(idle)}."
+    worst = max(members, key=lambda mark: mark.leakage.high)
+    leak = max((leak for record in worst.point.records for leak in record.leakage), key=lambda leak: leak.advantage)
+    yield f"The worst leak in one trial: {number(leak.advantage)}, by {leak.attack}, {worst.point.name}."

@@ -1,0 +1,222 @@
+"""How much leaks, what protects, and what that costs: every protection at every strength against every attack."""
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from experiments.experiment import Experiment, Options
+from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
+from experiments.parts import Attack, Shield, find
+from experiments.record import Leakage
+from experiments.runner import Outcome, Task
+from experiments.training import Trained, Training, build_model, default_cut, device_of, load_splits
+from splitlearn.cut import cut
+from splitlearn.data import DATASETS, Splits
+from splitlearn.metrics import score_reconstruction
+from splitlearn.threat import Grants, observe
+from splitlearn.train import evaluate, predict
+
+__all__ = ["TRADEOFF", "Config"]
+
+SHOWN = 8  # reconstructions kept for the picture
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the experiment."""
+
+    protocols: tuple[str, ...] = field(default=("vanilla",), metadata={"help": "protocols to train under"})
+    cuts: tuple[str, ...] = field(
+        default=("default",), metadata={"help": "last layer below the cut, by name; default: the model's usual one"}
+    )
+    protections: tuple[str, ...] = field(
+        default=("none", "noise", "nopeek", "compression"),
+        metadata={"help": "NAME for all its strengths, or NAME:STRENGTH for one, such as noise:0.1"},
+    )
+    attacks: tuple[str, ...] = field(default=("rmle", "decoder"), metadata={"help": "attacks on the activations"})
+    targets: int = field(default=100, metadata={"help": "private samples that are attacked"})
+    clients: int = field(default=1, metadata={"help": "clients among which the private data is divided"})
+    epochs: int = field(default=15, metadata={"help": "epochs, or rounds, of training"})
+    batch_size: int = field(default=32, metadata={"help": "samples in a batch"})
+    optimizer: str = field(default="adam", metadata={"help": "adam, or sgd with momentum 0.9"})
+    lr: float = field(default=1e-3, metadata={"help": "learning rate"})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training and the attacks on it."""
+
+    data: str
+    training: Training
+    protection: str
+    strength: str
+    attacks: tuple[str, ...]
+    targets: int
+
+    def shield(self) -> Shield:
+        """Return the client's protection."""
+        return PROTECTIONS[self.protection].build(self.strength)
+
+    def described(self) -> dict[str, Any]:
+        """Return the full configuration: every setting that the result depends on, those of the attacks included."""
+        shield = self.shield()
+        attacks = {
+            name: {one: asdict(attack) for one, attack in ATTACKS[name].build(self.training.seed).items()}
+            for name in self.attacks
+        }
+        private, auxiliary, test = DATASETS[self.data].sizes
+        return {
+            "data": self.data,
+            "sizes": {"private": private, "auxiliary": auxiliary, "test": test, "targets": self.targets},
+            "training": asdict(self.training),
+            "protection": {"name": self.protection, "strength": self.strength, "guard": repr(shield.guard)}
+            | ({"codec": shield.codec.name} if shield.codec else {}),
+            "attacks": attacks,
+        }
+
+    def command(self) -> str:
+        """Return the command that runs this trial alone."""
+        training, usual = self.training, Config()
+        spec = f"{self.protection}:{self.strength}" if self.strength else self.protection
+        words = ["splitlearn run tradeoff", f"--data {self.data}", f"--protocols {training.protocol}"]
+        words += [f"--cuts {training.cut}", f"--protections {spec}", f"--attacks {','.join(self.attacks)}"]
+        for name in ("clients", "epochs", "batch_size", "optimizer", "lr"):
+            if getattr(training, name) != getattr(usual, name):
+                words.append(f"--{name.replace('_', '-')} {getattr(training, name)}")
+        if self.targets != usual.targets:
+            words.append(f"--targets {self.targets}")
+        return " ".join([*words, f"--device {training.device}", f"--seeds {training.seed}"])
+
+
+def tasks(config: Config, options: Options) -> list[Task]:
+    """Return one task for each protocol, cut, protection, strength and seed; every name is checked first."""
+    find("data set", options.data, DATASETS)
+    for name in config.attacks:
+        find("attack", name, ATTACKS)
+    for name in config.protocols:
+        find("protocol", name, PROTOCOLS)
+    protections = [pair for spec in config.protections for pair in _strengths(spec)]
+    if config.targets < 1 or config.epochs < 1 or config.clients < 1:
+        raise ValueError(
+            f"expected at least one target, epoch and client, got {config.targets}, {config.epochs}, {config.clients}"
+        )
+    device = device_of(options.device)
+    splits = load_splits(options.data, options.data_dir)  # absent or damaged data ends here, before any work
+    base = Training(
+        epochs=config.epochs, batch_size=config.batch_size, optimizer=config.optimizer, lr=config.lr,
+        clients=config.clients, device=device,
+    )  # fmt: skip
+    found = []
+    for protocol in config.protocols:
+        for place in _cuts(config.cuts, splits):
+            for seed in options.seeds:
+                training = replace(base, protocol=protocol, cut=place, seed=seed)
+                for protection, strength in protections:
+                    trial = Trial(options.data, training, protection, strength, config.attacks, config.targets)
+                    found.append(_task(trial, options.data_dir))
+    return found
+
+
+def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
+    """Train, evaluate and attack, and return what came of it."""
+    seconds = {}
+    start = time.perf_counter()
+    splits = load_splits(trial.data, data_dir)
+    seconds["data"] = time.perf_counter() - start
+    start = time.perf_counter()
+    trained = PROTOCOLS[trial.training.protocol].train(trial.training, splits, trial.shield())
+    seconds["train"] = time.perf_counter() - start
+    start = time.perf_counter()
+    utility = evaluate(trained.chain, splits.test.x, splits.test.y)
+    seconds["evaluate"] = time.perf_counter() - start
+    leakage: list[Leakage] = []
+    images: dict[str, Tensor] = {}
+    notes = [f"loss of the last epoch: {trained.losses[-1]:.4f}"]
+    visible = dict(trained.visible)
+    if trained.record is None:
+        notes.append("no activation crosses under this protocol, so these attacks have nothing to read")
+    else:
+        x = trained.victim_x[: trial.targets]
+        trained.record.clear()
+        predict(trained.chain, x)
+        for name in trial.attacks:
+            start = time.perf_counter()
+            leak, x_hat = attacked(name, ATTACKS[name], trained, splits, x, seed=trial.training.seed)
+            seconds[f"attack_{name}"] = time.perf_counter() - start
+            leakage.append(leak)
+            visible[f"attacker ({name})"] = ATTACKS[name].threat.in_words()
+            if x.ndim == 4:
+                images |= {"original": x[:SHOWN].cpu(), name: x_hat[:SHOWN].cpu()}
+    return Outcome(
+        utility=utility, leakage=leakage, nbytes=trained.nbytes, seconds=seconds, visible=visible, notes=notes,
+        images=images,
+    )  # fmt: skip
+
+
+def attacked(
+    name: str, attack: Attack, trained: Trained, splits: Splits, x: Tensor, *, seed: int
+) -> tuple[Leakage, Tensor]:
+    """Return what the best member of an attack's family got of the private inputs ``x``, and its estimate.
+
+    The attack sees its view and nothing else; ``x`` serves to score what it returns.
+    """
+    assert trained.record is not None
+    auxiliary = splits.auxiliary.x.to(x.device)
+    grants = Grants(trained.encoder, auxiliary)
+    view = observe(trained.record, threat=attack.threat, grants=grants)
+    results = {member: one(view) for member, one in attack.build(seed).items()}
+    scores = {
+        member: score_reconstruction(x, result.x_hat.to(x.device), auxiliary_x=auxiliary)
+        for member, result in results.items()
+    }
+    best = min(scores, key=lambda member: scores[member].metrics["mse"])
+    details = {
+        "best": best,
+        "mse_by_member": {member: score.metrics["mse"] for member, score in scores.items()},
+        "evidence": {member: dict(result.evidence) for member, result in results.items()},
+    }
+    score = scores[best]
+    leak = Leakage(
+        attack=name, family=attack.family, advantage=score.advantage, metrics=dict(score.metrics),
+        baselines=dict(score.baselines), details=details,
+    )  # fmt: skip
+    return leak, results[best].x_hat
+
+
+def _strengths(spec: str) -> list[tuple[str, str]]:
+    """Return (protection, strength) for ``name`` (all its strengths) or ``name:strength``."""
+    name, _, strength = spec.partition(":")
+    protection = find("protection", name, PROTECTIONS)
+    strengths = (strength,) if strength else protection.strengths
+    for one in strengths:
+        protection.build(one)  # a strength that it cannot have is an error now, not in the middle
+    return [(name, one) for one in strengths]
+
+
+def _cuts(asked: tuple[str, ...], splits: Splits) -> list[str]:
+    model = build_model(splits, seed=0)
+    places = [default_cut(splits) if place == "default" else place for place in asked]
+    for place in places:
+        cut(model, place)
+    return places
+
+
+def _task(trial: Trial, data_dir: Path | None) -> Task:
+    training = trial.training
+    labels = {
+        "seed": training.seed, "data": trial.data, "protocol": training.protocol, "cut": training.cut,
+        "protection": trial.protection, "strength": trial.strength,
+    }  # fmt: skip
+    return Task("tradeoff", trial.described(), trial.command(), labels, partial(run_trial, trial, data_dir))
+
+
+TRADEOFF = Experiment(
+    "tradeoff",
+    "How much leaks, what protects, and what that costs: protections × strengths × attacks, one picture",
+    Config,
+    tasks,
+)
