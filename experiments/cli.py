@@ -4,7 +4,6 @@ What is heavy (torch, and with it the catalogue) is imported only in the command
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -109,7 +108,9 @@ def _program(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, metavar="", help="Show the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", envvar=DEBUG, metavar="", help="Show the traceback of an error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar=DEBUG, metavar="", help="Show the traceback of an error.")
+    ] = False,
 ) -> None:
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
@@ -159,7 +160,9 @@ def _report(
     _show_files(folder)
 
 
-app.add_typer(benches, name="bench", help="Run a benchmark; the last line is one JSON object.", subcommand_metavar="NAME")
+app.add_typer(
+    benches, name="bench", help="Run a benchmark; the last line is one JSON object.", subcommand_metavar="NAME"
+)
 
 
 @app.command("data")
@@ -167,21 +170,21 @@ def _data(
     name: Annotated[str, typer.Argument(help="The data set; where left out, those there are.")] = "",
     data_dir: DataDir = None,
     url: Annotated[
-        str | None, typer.Option(metavar="URL", help="A mirror: the file, or the folder that holds it; https, http or file.")
+        str | None,
+        typer.Option(metavar="URL", help="A mirror: the file, or the folder that holds it; https, http or file."),
     ] = None,
 ) -> None:
     """Download a data set, or list those there are and which of them are present."""
+    from experiments.fetch import fetch, list_present
     from splitlearn.data import DATASETS
 
     folder = data_dir if data_dir is not None else Path("data")
-    if not name:
-        _list_data(folder)
-    elif name not in DATASETS:
+    if name and name not in DATASETS:
         raise unknown("data set", name, DATASETS)
-    elif not DATASETS[name].files:
-        typer.echo(f"{name} is embedded: there is nothing to fetch")
+    if name:
+        fetch(name, folder, url)
     else:
-        _download(name, folder, url)
+        list_present(folder)
 
 
 @app.command("doctor")
@@ -211,9 +214,9 @@ def _doctor() -> None:
 def _run(experiment: "Experiment", config: Any, options: "Options", quiet: bool) -> None:
     """Run what is not done yet, build the report, and end in a table and in where to look."""
     from experiments import report
+    from experiments.closing import closing_tables
     from experiments.runner import run
     from experiments.store import Store
-    from experiments.closing import closing_table
     from experiments.workers import available_cpus
 
     tasks = experiment.tasks(config, options)
@@ -221,7 +224,8 @@ def _run(experiment: "Experiment", config: Any, options: "Options", quiet: bool)
     summary = run(tasks, store, jobs=options.jobs or available_cpus(), progress=not quiet)
     report.build(options.out)
     console = Console(highlight=False)
-    console.print(closing_table(record for task in tasks if (record := store.load(task.trial)) is not None))
+    for table in closing_tables(record for task in tasks if (record := store.load(task.trial)) is not None):
+        console.print(table)
     kept = f", {summary.skipped} kept from before" if summary.skipped else ""
     console.print(f"{summary.done} trials done{kept}, {summary.failed} failed")
     _show_files(options.out)
@@ -242,43 +246,6 @@ def _bench(name: str, measure: Callable[[], Mapping[str, Any]]) -> None:
         figures = measure()
     progress.print(f"bench {name}: {time.monotonic() - begun:.0f} s")
     typer.echo(json.dumps(figures, allow_nan=False))
-
-
-def _download(name: str, folder: Path, url: str | None) -> None:
-    """Fetch the files with a progress bar on stderr, and say where they are and how to use them."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from splitlearn.data import download
-
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(name, total=None)
-        paths = download(
-            name,
-            data_dir=folder,
-            url=url,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
-    for path in paths:
-        typer.echo(path)
-    typer.echo(f"use it: splitlearn run tradeoff --data {name} --data-dir {folder}")
-
-
-def _list_data(folder: Path) -> None:
-    from splitlearn.data import DATASETS
-
-    def present(path: str) -> bool:
-        return any((folder / spelling).is_file() for spelling in (path, f"{path}.gz", path.removesuffix(".gz")))
-
-    console = Console(highlight=False)
-    width = max(map(len, DATASETS))
-    for name, source in DATASETS.items():
-        state = "present" if all(present(file.path) for file in source.files) else "absent"
-        state = state if source.files else "embedded"
-        console.print(f"{name:<{width}}  {state:<8}  {escape(source.summary)}", soft_wrap=True)
-    named = "SPLITLEARN_DATA" if os.environ.get("SPLITLEARN_DATA") == str(folder) else "--data-dir"
-    console.print(f"looked in {folder} (name another by {named}); fetch one with: splitlearn data NAME", soft_wrap=True)
 
 
 def _catalogue() -> dict[str, tuple[str, dict[str, str]]]:

@@ -17,7 +17,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 def unknown(kind: str, name: str, among: Iterable[str]) -> LookupError:
     """Return the error for a name that is not ``among`` those there are; it lists the near ones, or all."""
     names = list(among)
-    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    near = get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names) or '(none)'}"
     return LookupError(f"no {kind} is named {name!r}: {hint}")
 

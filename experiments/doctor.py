@@ -133,8 +133,8 @@ def requirements(lines: Sequence[str]) -> list[Requirement]:
         assert name is not None, line
         if name[0] != "splitlearn" and (extra is None or extra[1] in EXTRAS):
             found.append(Requirement(name[0], bare[name.end() :].strip(), extra[1] if extra else ""))
-    name, versions = CRYPTEN.split("==")
-    return [*found, Requirement(name, f"=={versions}", "mpc")]
+    crypten, version = CRYPTEN.split("==")
+    return [*found, Requirement(crypten, f"=={version}", "mpc")]
 
 
 def packages(wanted: Sequence[Requirement], installed: Callable[[str], str | None]) -> Iterator[Finding]:
@@ -169,9 +169,7 @@ def probe(code: str, *arguments: str) -> tuple[bool, str]:
     return done.returncode == 0, lines[-1] if lines else ""
 
 
-def _judged(
-    what: str, result: tuple[bool, str], remedy: str, *, otherwise: str = "", required: bool = True
-) -> Finding:
+def _judged(what: str, result: tuple[bool, str], remedy: str, *, otherwise: str = "", required: bool = True) -> Finding:
     good, line = result
     if good:
         return Finding(what, "ok", line or otherwise)

@@ -4,7 +4,9 @@ To add one: write its file and its test row, then its line below. It then stands
 and in the grids and the report of every experiment.
 """
 
-from attacks import Decoder, MaximumLikelihood
+from dataclasses import replace
+
+from attacks import MaximumLikelihood, decoder_family
 from defenses import NoPeek
 from experiments import setups
 from experiments.parts import Attack, Protection, Protocol, Shield, number
@@ -49,13 +51,15 @@ ATTACKS: dict[str, Attack] = {
         "regularised maximum likelihood through the client's own path (He et al. 2019)",
         "reconstruction",
         WHITE_BOX,
-        lambda seed: {"rmle": MaximumLikelihood(seed=seed)},
+        lambda aim: {"rmle": MaximumLikelihood(bounds=aim.bounds, seed=aim.seed)},
     ),
     "decoder": Attack(
         "inverse network, trained on what crosses for own samples; three sizes (He et al. 2019)",
         "reconstruction",
         QUERIES,
-        lambda seed: {f"width {width}": Decoder(width=width, seed=seed) for width in (16, 32, 64)},
+        lambda aim: {
+            name: replace(one, bounds=aim.bounds) for name, one in decoder_family(aim.shape, seed=aim.seed).items()
+        },
     ),
 }
 

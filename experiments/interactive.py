@@ -14,7 +14,7 @@ __all__ = ["interactive_tradeoff"]
 
 PLOT_ID = "tradeoff-plot"
 BUTTONS = [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]]  # none that talks to a server
-PANEL_PIXELS = 470  # height of one row of panels
+PANEL_PIXELS = 520  # height of one row of panels
 
 
 def interactive_tradeoff(records: Sequence[Record]) -> str | None:
@@ -48,7 +48,7 @@ def interactive_tradeoff(records: Sequence[Record]) -> str | None:
         traces += _traces(members, metric, look, suffix, legend=number == 0)
         across, down = number % columns, number // columns
         x = [across / columns + 0.05 * (across > 0), (across + 1) / columns - 0.02 * (across < columns - 1)]
-        y = [1 - (down + 1) / rows + 0.2 / rows * (rows > 1), 1 - down / rows]
+        y = [1 - (down + 1) / rows + 0.27 / rows * (rows > 1), 1 - down / rows]
         axis = {"gridcolor": "rgba(128,128,128,.22)", "zeroline": False, "linecolor": NEUTRAL, "ticks": "outside"}
         layout[f"xaxis{suffix}"] = {
             **axis,
@@ -58,7 +58,7 @@ def interactive_tradeoff(records: Sequence[Record]) -> str | None:
         }
         title = {"text": "leakage (worst attack's advantage)"} if across == 0 else {}
         layout[f"yaxis{suffix}"] = {**axis, "domain": y, "anchor": f"x{suffix}", "range": [-0.05, 1.06], "title": title}
-        heading = {"text": _plain(setting.title), "x": sum(x) / 2, "y": y[1], "yanchor": "bottom"}
+        heading = {"text": _plain(setting.title), "x": x[0], "xanchor": "left", "y": y[1], "yanchor": "bottom"}
         layout["annotations"].append({**heading, "xref": "paper", "yref": "paper", "showarrow": False})
         layout["shapes"].append(_nothing_seen(suffix, legend=number == 0))
     shown = {entry["name"] for entry in traces if entry["showlegend"]}
@@ -172,4 +172,5 @@ def _hover(mark: Mark, metric: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return html.escape(text)
+    """Return text that plotly reads neither as HTML nor as TeX."""
+    return html.escape(text).replace("$", "&#36;")

@@ -91,7 +91,7 @@ def _common(name: str) -> list[inspect.Parameter]:
         option("device", str, base.device, "cpu, cuda, cuda:1 …; auto: a GPU where there is one.", metavar="NAME"),
         option("out", Path, Path("runs") / name, "Folder for records and report.", metavar="DIR"),
         option("jobs", int, base.jobs, "Trials at once; 0: one a core.", metavar="INTEGER", min=0),
-        option("quiet", bool, False, "Show no progress.", metavar="", is_flag=True),
+        option("quiet", bool, False, "Show no progress.", metavar=""),
     ]
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from splitlearn.frames import Codec
 from splitlearn.party import Guard
 from splitlearn.threat import Threat
 
-__all__ = ["Attack", "Bench", "Protection", "Protocol", "Shield", "find", "number"]
+__all__ = ["Aim", "Attack", "Bench", "Protection", "Protocol", "Shield", "find", "number"]
 
 T = TypeVar("T")
 
@@ -33,13 +33,22 @@ class Protection:
 
 
 @dataclass(frozen=True)
+class Aim:
+    """What is public about the inputs that an attack is after, and its seed."""
+
+    shape: tuple[int, ...]  # of one input
+    bounds: tuple[float, float] | None  # least and greatest value of an input, None where there are none
+    seed: int
+
+
+@dataclass(frozen=True)
 class Attack:
-    """An attack under the threat that it declares. ``build(seed)`` makes its members; the best one's score counts."""
+    """An attack under the threat that it declares. ``build(aim)`` makes its members; the best one's score counts."""
 
     summary: str
-    family: str
+    family: Literal["reconstruction", "label", "membership", "property", "poisoning"]
     threat: Threat
-    build: Callable[[int], Mapping[str, Any]]
+    build: Callable[["Aim"], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

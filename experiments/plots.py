@@ -53,7 +53,7 @@ def spread_note(seeds: int) -> str:
     """Return what the bars of a plot over ``seeds`` seeds show."""
     if seeds < 2:
         return "One seed only: no spread to show."
-    return f"Marks are means over {seeds} seeds; bars reach from the lowest seed to the highest."
+    return "Marks are means over the seeds; bars reach from the lowest seed to the highest."
 
 
 def tradeoff(records: Sequence[Record], path: Path) -> Path | None:
@@ -116,8 +116,10 @@ def reconstructions(records: Sequence[Record], store: Store, path: Path) -> Path
         first = row.setting.title if row.attack == "" else row.title
         second = f"{row.title}, seed {row.seed}" if row.attack == "" else f"{row.attack} · {row.scores}".rstrip(" ·")
         middle = (top + 0.12 + height / 2) / tall
-        figure.text(edge - 0.012, middle + 0.003, first, ha="right", va="bottom", fontsize=9.5, fontweight="bold")
-        figure.text(edge - 0.012, middle - 0.003, second, ha="right", va="top", fontsize=8.5, color=NEUTRAL)
+        figure.text(
+            edge - 0.012, middle + 0.003, _literal(first), ha="right", va="bottom", fontsize=9.5, fontweight="bold"
+        )
+        figure.text(edge - 0.012, middle - 0.003, _literal(second), ha="right", va="top", fontsize=8.5, color=NEUTRAL)
     title = "Private samples, and what the worst attack makes of them"
     figure.text(0.5, 1 - 0.3 / tall, title, ha="center", va="center", fontsize=13, fontweight="bold")
     return _written(figure, path)
@@ -156,13 +158,13 @@ def _panel(axes: Axes, members: Sequence[Mark], metric: str, look: Mapping[str, 
                 linewidth=0.9,
                 elinewidth=1.0,
                 zorder=3 if style.marker == "*" else 4,  # what is no better than unprotected stays visible
-                label=style.label if number == 0 else None,
+                label=_literal(style.label) if number == 0 else None,
             )
     axes.set_ylim(-0.06, 1.06)
     axes.margins(x=0.1)
-    axes.set_xlabel(metric.replace("_", " "))
+    axes.set_xlabel(_literal(metric.replace("_", " ")))
     seeds = {mark.leakage.n for mark in members}
-    axes.set_title(f"{members[0].point.setting.title} · {_range(seeds)} seeds", fontsize=10.5)
+    axes.set_title(_literal(f"{members[0].point.setting.title} · {_range(seeds)} seeds"), fontsize=10.5)
     axes.grid(color="#E6E6E6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -188,13 +190,18 @@ def _label(axes: Axes, members: Sequence[Mark], look: Mapping[str, Style]) -> No
     labels, segments = [], []
     for mark in members:
         text = " ".join(part for part in (mark.point.strength, mark.point.variant) if part)
-        labels.append(Label(text, mark.place, look[mark.point.protection].colour))
+        labels.append(Label(_literal(text), mark.place, look[mark.point.protection].colour))
         (x, y), utility, leakage = mark.place, mark.utility, mark.leakage
         segments += [((utility.low, y), (utility.high, y)), ((x, leakage.low), (x, leakage.high))]
     for protection in look:
         for line in _lines([mark for mark in members if mark.point.protection == protection]):
             segments += itertools.pairwise(mark.place for mark in line)
     write_labels(axes, labels, segments=segments)
+
+
+def _literal(text: str) -> str:
+    """Return text that matplotlib does not read as a formula."""
+    return text.replace("$", r"\$")
 
 
 def _written(figure: Figure, path: Path) -> Path:

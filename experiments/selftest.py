@@ -39,8 +39,8 @@ def split_equals_unsplit(*, epochs: int = 2, place: str = "relu2") -> str:
     different = [name for name, got in join(bottom, top).state_dict().items() if not torch.equal(got, expected[name])]
     if different:
         raise ValueError(
-            f"expected split training to equal unsplit training, but {', '.join(different)} differ after {client.steps} "
-            "steps; this installation of torch computes differently in the two"
+            f"expected split training to equal unsplit training, but after {client.steps} steps "
+            f"{', '.join(different)} differ; this installation of torch computes differently in the two"
         )
     nbytes = sum(sum(kinds.values()) for kinds in server.meter.nbytes.values())
     return f"{client.steps} steps of a split CNN equal unsplit training bit for bit ({nbytes / 1e6:.1f} MB crossed)"

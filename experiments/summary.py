@@ -33,7 +33,8 @@ class Spread:
             return None
         std = statistics.stdev(found) if len(found) > 1 and all(map(math.isfinite, found)) else math.nan
         mean = statistics.fmean(found) if all(map(math.isfinite, found)) else sum(found) / len(found)
-        return cls(mean, std, min(found), max(found), len(found))
+        low, high = min(found), max(found)
+        return cls(min(max(mean, low), high), std, low, high, len(found))  # rounding may not put it outside
 
 
 class Setting(NamedTuple):

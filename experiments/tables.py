@@ -57,7 +57,7 @@ def bytes_table(points: Sequence[Point]) -> Table | None:
     kinds = sorted(set(found), key=lambda pair: (pair[0] != "up", *pair))
     if not kinds:
         return None
-    columns = (*_heads(points), *(f"{way}: {kind}" for way, kind in kinds), "all", "over unprotected")
+    columns = (*_heads(points), *(f"{way}: {kind}" for way, kind in kinds), "all", "ratio")
     rows = [
         (
             *_head(point, points),
@@ -67,7 +67,9 @@ def bytes_table(points: Sequence[Point]) -> Table | None:
         )
         for point in points
     ]
-    caption = "Bytes of the frames of a whole trial, by direction and kind of message; up is towards the server."
+    caption = (
+        "Bytes of the frames of a whole trial, by direction and kind; up is towards the server. Ratio: to unprotected."
+    )
     return Table(caption, columns, tuple(rows), len(_heads(points)))
 
 
@@ -77,7 +79,7 @@ def seconds_table(points: Sequence[Point]) -> Table | None:
     if not phases:
         return None
     timed = "train" if "train" in phases else phases[-1]
-    columns = (*_heads(points), *(phase.replace("_", " ") for phase in phases), f"{timed} over unprotected")
+    columns = (*_heads(points), *(phase.replace("_", " ") for phase in phases), f"{timed}, ratio")
     rows = [
         (
             *_head(point, points),
@@ -89,7 +91,7 @@ def seconds_table(points: Sequence[Point]) -> Table | None:
     ]
     caption = (
         "Mean time of each phase of a trial, as it ran beside others, and the highest memory of its whole process, "
-        "interpreter and libraries included."
+        "interpreter and libraries included. Ratio: to unprotected."
     )
     return Table(caption, (*columns, "peak memory"), tuple(rows), len(_heads(points)))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from experiments.experiment import Experiment, Options
 from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
-from experiments.parts import Attack, Shield, find
+from experiments.parts import Aim, Attack, Shield, find
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.training import Trained, Training, build_model, default_cut, device_of, load_splits
@@ -61,21 +61,22 @@ class Trial:
         """Return the client's protection."""
         return PROTECTIONS[self.protection].build(self.strength)
 
-    def described(self) -> dict[str, Any]:
+    def described(self, aim: Aim) -> dict[str, Any]:
         """Return the full configuration: every setting that the result depends on, those of the attacks included."""
         shield = self.shield()
-        attacks = {
-            name: {one: asdict(attack) for one, attack in ATTACKS[name].build(self.training.seed).items()}
-            for name in self.attacks
-        }
         private, auxiliary, test = DATASETS[self.data].sizes
         return {
             "data": self.data,
             "sizes": {"private": private, "auxiliary": auxiliary, "test": test, "targets": self.targets},
-            "training": asdict(self.training),
+            "seed": self.training.seed,
+            "training": {name: value for name, value in asdict(self.training).items() if name != "seed"},
             "protection": {"name": self.protection, "strength": self.strength, "guard": repr(shield.guard)}
             | ({"codec": shield.codec.name} if shield.codec else {}),
-            "attacks": attacks,
+            "attacks": {
+                # as built for seed 0, so that trials that differ by their seed alone are seen to do so
+                name: {member: repr(one) for member, one in ATTACKS[name].build(replace(aim, seed=0)).items()}
+                for name in self.attacks
+            },
         }
 
     def command(self) -> str:
@@ -117,7 +118,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
                 training = replace(base, protocol=protocol, cut=place, seed=seed)
                 for protection, strength in protections:
                     trial = Trial(options.data, training, protection, strength, config.attacks, config.targets)
-                    found.append(_task(trial, options.data_dir))
+                    found.append(_task(trial, _aim(splits, seed), options.data_dir))
     return found
 
 
@@ -168,7 +169,7 @@ def attacked(
     auxiliary = splits.auxiliary.x.to(x.device)
     grants = Grants(trained.encoder, auxiliary)
     view = observe(trained.record, threat=attack.threat, grants=grants)
-    results = {member: one(view) for member, one in attack.build(seed).items()}
+    results = {member: one(view) for member, one in attack.build(_aim(splits, seed)).items()}
     scores = {
         member: score_reconstruction(x, result.x_hat.to(x.device), auxiliary_x=auxiliary)
         for member, result in results.items()
@@ -205,13 +206,18 @@ def _cuts(asked: tuple[str, ...], splits: Splits) -> list[str]:
     return places
 
 
-def _task(trial: Trial, data_dir: Path | None) -> Task:
+def _aim(splits: Splits, seed: int) -> Aim:
+    bounds = (0.0, 1.0) if splits.private.kind == "image" else None
+    return Aim(tuple(splits.private.x.shape[1:]), bounds, seed)
+
+
+def _task(trial: Trial, aim: Aim, data_dir: Path | None) -> Task:
     training = trial.training
     labels = {
         "seed": training.seed, "data": trial.data, "protocol": training.protocol, "cut": training.cut,
         "protection": trial.protection, "strength": trial.strength,
     }  # fmt: skip
-    return Task("tradeoff", trial.described(), trial.command(), labels, partial(run_trial, trial, data_dir))
+    return Task("tradeoff", trial.described(aim), trial.command(), labels, partial(run_trial, trial, data_dir))
 
 
 TRADEOFF = Experiment(

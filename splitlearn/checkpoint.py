@@ -44,16 +44,17 @@ def load_checkpoint(path: Path) -> Any:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is cut short or not a checkpoint ({error}); delete it and start again") from error
     if metadata.get("format") != FORMAT or "tree" not in metadata:
         raise ValueError(f"{path} is a safetensors file, but not a checkpoint of this toolkit; give another path")
-    found = f"{_checksum(metadata['tree'], tensors):08x}"
+    found = f"{_checksum(metadata['tree'], mapped):08x}"  # before the copy, which would make any true byte a 1
     if found != metadata.get("crc32"):
         raise ValueError(
             f"{path} is damaged: expected checksum {metadata.get('crc32')}, got {found}; delete it and start again"
         )
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     try:
         return _full(json.loads(metadata["tree"]), tensors)
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -132,7 +132,9 @@ class Zstd:
         compressor = zstandard.ZstdCompressor(level=self.level)
         packed: dict[str, Tensor] = {}
         for part, inside in (self.inner.pack(key, tensor) if self.inner else {"tensor": tensor}).items():
-            raw = inside.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            # A clone: contiguous() keeps the strides of an empty tensor, which then has no view as bytes.
+            fresh = inside.detach().cpu().clone(memory_format=torch.contiguous_format)
+            raw = fresh.reshape(-1).view(torch.uint8).numpy()
             packed[f"{part}.zst"] = torch.frombuffer(bytearray(compressor.compress(raw.data)), dtype=torch.uint8)
             packed[f"{part}.as"] = torch.tensor([list(DTYPES).index(DTYPE_NAMES[inside.dtype]), *inside.shape])
         return packed

@@ -7,6 +7,8 @@ from torch import nn
 
 __all__ = ["cut", "join", "layer_names"]
 
+PASSING = (nn.Identity, nn.Flatten, nn.Unflatten)  # put out the memory that they get
+
 
 def cut(model: nn.Sequential, *at: int | str) -> tuple[nn.Sequential, ...]:
     """Return ``len(at) + 1`` stages, bottom first, that share the parameters of ``model``.
@@ -15,19 +17,17 @@ def cut(model: nn.Sequential, *at: int | str) -> tuple[nn.Sequential, ...]:
     layer below it. Layers keep their names, so a stage's ``state_dict`` is a part of the model's.
 
     Raises ``ValueError`` where a cut is impossible or would not train as the unsplit model does: a place out
-    of range or out of order, weights tied across stages, a first layer above a cut that works in place.
+    of range or out of order, weights tied across stages, a first layer above a cut that works in place, a model
+    that is no ``nn.Sequential`` or has a ``forward`` of its own.
     """
-    if not isinstance(model, nn.Sequential):
-        raise ValueError(
-            f"expected an nn.Sequential, got {type(model).__name__}; wrap its blocks: nn.Sequential(block1, block2, …)"
-        )
+    _refuse_other_modules(model)
     if not at:
         raise ValueError("expected at least one place to cut; for example cut(model, 2)")
     places = [_boundary(model, place) for place in at]
     if any(low >= high for low, high in pairwise(places)):
         raise ValueError(f"expected cuts in rising order, each once, got {at}; sort them bottom first")
     edges = [0, *places, len(model)]
-    stages = tuple(nn.Sequential(OrderedDict([*model.named_children()][low:high])) for low, high in pairwise(edges))
+    stages = tuple(nn.Sequential(OrderedDict(_layers(model)[low:high])) for low, high in pairwise(edges))
     _refuse_tied_weights(stages)
     _refuse_in_place(stages)
     return stages
@@ -39,7 +39,9 @@ def join(*stages: nn.Sequential) -> nn.Sequential:
     It is the inverse of ``cut``: names, ``state_dict`` keys and their order are those of the unsplit model, so
     the result loads where this toolkit is not installed.
     """
-    layers = [(name, layer) for stage in stages for name, layer in stage.named_children()]
+    for stage in stages:
+        _refuse_other_modules(stage)
+    layers = [named for stage in stages for named in _layers(stage)]
     names = [name for name, _ in layers]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -49,7 +51,24 @@ def join(*stages: nn.Sequential) -> nn.Sequential:
 
 def layer_names(model: nn.Sequential) -> list[str]:
     """Return the names of the places at which ``model`` can be cut, bottom first (all layers but the last)."""
-    return [name for name, _ in model.named_children()][:-1]
+    return [name for name, _ in _layers(model)][:-1]
+
+
+def _layers(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
+    # Not named_children, which leaves out the second use of a layer: one ReLU may stand in several places.
+    return [(name, layer) for name, layer in model._modules.items() if layer is not None]
+
+
+def _refuse_other_modules(model: nn.Module) -> None:
+    if not isinstance(model, nn.Sequential):
+        raise ValueError(
+            f"expected an nn.Sequential, got {type(model).__name__}; wrap its blocks: nn.Sequential(block1, block2, …)"
+        )
+    if type(model).forward is not nn.Sequential.forward:
+        raise ValueError(
+            f"expected layers that follow each other, got {type(model).__name__} with a forward of its own, which a "
+            "cut would lose; make what it does a layer"
+        )
 
 
 def _boundary(model: nn.Sequential, place: int | str) -> int:
@@ -58,9 +77,11 @@ def _boundary(model: nn.Sequential, place: int | str) -> int:
         if place not in names:
             raise ValueError(f"expected the name of a layer below the cut, one of {', '.join(names)}; got {place!r}")
         return names.index(place) + 1
-    if not 1 <= place <= len(names):
+    if not names:
+        raise ValueError(f"expected a model of at least 2 layers to cut, got {len(model)}; split its layer in two")
+    if not isinstance(place, int) or isinstance(place, bool) or not 1 <= place <= len(names):
         raise ValueError(
-            f"expected a cut between 1 and {len(names)} for a model of {len(model)} layers, got {place}; "
+            f"expected a cut between 1 and {len(names)} for a model of {len(model)} layers, got {place!r}; "
             f"or name the last layer below it: {', '.join(names)}"
         )
     return place
@@ -74,7 +95,8 @@ def _refuse_tied_weights(stages: tuple[nn.Sequential, ...]) -> None:
             *stage.named_buffers(remove_duplicate=False),
         ]
         for name, tensor in tensors:
-            first, first_name = owner.setdefault(id(tensor), (number, name))
+            # By memory, where there is any: two Parameters may be made of one tensor.
+            first, first_name = owner.setdefault(tensor.data_ptr() or id(tensor), (number, name))
             if first != number:
                 raise ValueError(
                     f"{first_name} and {name} are the same weights on two sides of a cut, which two parties cannot "
@@ -85,11 +107,11 @@ def _refuse_tied_weights(stages: tuple[nn.Sequential, ...]) -> None:
 def _refuse_in_place(stages: tuple[nn.Sequential, ...]) -> None:
     for stage in stages[1:]:
         for name, layer in stage.named_modules():
-            if next(layer.children(), None) is not None:
+            if next(layer.children(), None) is not None or isinstance(layer, PASSING):
                 continue
             if getattr(layer, "inplace", False):
                 raise ValueError(
                     f"layer {name} works in place and comes first above a cut, where it would overwrite what the "
                     "party below sent; use inplace=False, or cut above it"
                 )
-            break  # only the first leaf above the cut touches the activation itself
+            break  # only the first layer that works on the activation itself can overwrite it

@@ -1,19 +1,21 @@
-"""Party (what holds a stage), Learner (the honest party) and Guard (what a party does to what it sends)."""
+"""Party (what holds a stage), Learner (the honest party) and Features (a party that is asked by sample number)."""
 
 import copy
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-__all__ = ["Features", "Guard", "Guards", "Learner", "Party"]
+from splitlearn.guard import Guard, Guards
+from splitlearn.misfit import MISFITS, why_no_loss, why_no_output
+from splitlearn.randomness import Randomness
+from splitlearn.turn import Turn
+
+__all__ = ["Features", "Guard", "Guards", "Learner", "Loss", "Party"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-TURN_SECONDS = 60.0  # how long a session waits for another one that shares its stage
 
 
 class Party(Protocol):
@@ -43,106 +45,15 @@ class Party(Protocol):
         """Take over parameters and buffers; names and shapes must match."""
 
 
-class Guard:
-    """What a party does to what it sends: nothing, until a method is overridden.
-
-    ``activation`` and ``penalty`` run inside the graph, so that training goes through them; one that cannot be
-    differentiated defines its own straight-through gradient. Randomness comes from torch's global generator,
-    which a ``Learner`` swaps for its own.
-    """
-
-    def activation(self, z: Tensor) -> Tensor:
-        """Return what is sent in place of the activation ``z`` (batch first)."""
-        return z
-
-    def gradient(self, g: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return what is sent in place of the gradient ``g``; ``y`` are the labels where this party knows them."""
-        return g
-
-    def label(self, y: Tensor) -> Tensor:
-        """Return what is sent in place of the labels ``y``."""
-        return y
-
-    def penalty(self, x: Tensor, z: Tensor) -> Tensor | None:
-        """Return a scalar added to the loss of the party that sends ``z`` for its input ``x``, or None."""
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must carry: tensors, numbers, strings and dicts of them."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
-
-
-class Guards(Guard):
-    """Several guards as one, applied in the order given; their penalties add up."""
-
-    def __init__(self, *guards: Guard):
-        self.guards = guards
-
-    def activation(self, z: Tensor) -> Tensor:
-        """Return ``z`` passed through every guard."""
-        for guard in self.guards:
-            z = guard.activation(z)
-        return z
-
-    def gradient(self, g: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return ``g`` passed through every guard."""
-        for guard in self.guards:
-            g = guard.gradient(g, y)
-        return g
-
-    def label(self, y: Tensor) -> Tensor:
-        """Return ``y`` passed through every guard."""
-        for guard in self.guards:
-            y = guard.label(y)
-        return y
-
-    def penalty(self, x: Tensor, z: Tensor) -> Tensor | None:
-        """Return the sum of the guards' penalties, or None where none has one."""
-        terms = [term for guard in self.guards if (term := guard.penalty(x, z)) is not None]
-        return torch.stack(terms).sum() if terms else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return each guard's state under its position."""
-        return {str(number): guard.state_dict() for number, guard in enumerate(self.guards)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
-        for number, guard in enumerate(self.guards):
-            guard.load_state_dict(state[str(number)])
-
-
-class _Turn:
-    """One exchange at a time on a stage that several sessions share, from forward to backward."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holder: str | None = None
-
-    def take(self, session: str) -> None:
-        if self._holder == session:
-            return
-        if not self._lock.acquire(timeout=TURN_SECONDS):
-            raise ValueError(
-                f"{session}: waited {TURN_SECONDS:.0f} s for the shared stage, held by {self._holder}; "
-                "finish each forward with its backward"
-            )
-        self._holder = session
-
-    def give(self) -> None:
-        if self._holder is not None:
-            self._holder = None
-            self._lock.release()
-
-
 class Learner:
     """The honest party: a stage, its optimizer, its guard and its own randomness.
 
     ``optimizer`` was built over the stage's parameters; None leaves the stage as it is. ``loss(output, label)``
-    returns a scalar mean over the batch. ``seed`` starts this party's own generator, from which dropout and
-    guards draw; no party's randomness depends on where the others run.
+    returns a scalar mean over the batch. ``seed`` and ``name`` start this party's own generator, from which
+    dropout and guards draw; no party's randomness depends on where the others run.
+
+    A step that was begun by ``forward`` and has not come ``backward`` is open. The next ``forward`` or ``learn``
+    gives it up, and so does ``abandon``.
     """
 
     def __init__(
@@ -161,30 +72,43 @@ class Learner:
         self.guard = guard if guard is not None else Guard()
         self.loss = loss
         self.steps = 0
-        self._rng = _Randomness(seed)
-        self._predict_rng = _Randomness(seed + 1_000_003)  # evaluation draws from its own, so that it changes nothing
+        self._rng = Randomness(seed, name)
+        self._predict_rng = Randomness(seed, name, "evaluation")  # of its own, so that evaluation changes nothing
         self._pending: tuple[Tensor, Tensor, Tensor | None] | None = None
-        self._turn = _Turn()
+        self._turn = Turn()
+        if optimizer is not None:
+            _check_owned(name, stage, optimizer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the guarded activation as a fresh leaf that asks for a gradient; ``backward`` must follow."""
-        self._turn.take(self.name)
+        self._turn.take(self)
+        self._pending = None
         try:
             x = self._leaf(x)
-            with self._rng.own(), _explained(self.name, x):
-                z = self.stage(x)
+            with self._rng.own(x.device):
+                z = self._output(x)
                 sent = self.guard.activation(z)
                 penalty = self.guard.penalty(x, z)
+            if z.requires_grad and not sent.requires_grad and (self.optimizer is not None or x.requires_grad):
+                raise ValueError(
+                    f"{self.name}: expected a guard that can be differentiated, but what it sends has no gradient; "
+                    "go straight through: z + (sent - z).detach()"
+                )
+            if penalty is not None:
+                self._check_number(penalty, "penalty")
+            self._pending = (x, sent, penalty)
+            return sent.detach().requires_grad_()
         except BaseException:
-            self._turn.give()
+            self._turn.give(self)
             raise
-        self._pending = (x, sent, penalty)
-        return sent.detach().requires_grad_()
 
     def backward(self, g: Tensor) -> Tensor | None:
         """Take the gradient of the last activation sent, step, and return the input's gradient if it asked."""
-        if self._pending is None:
-            raise ValueError(f"{self.name}: expected a forward before this backward; call forward(x) first")
+        if not self._turn.keep(self) or self._pending is None:
+            raise ValueError(
+                f"{self.name}: expected an open step, begun by forward; call forward(x) first (a step that keeps "
+                "other sessions of its stage waiting too long is given up)"
+            )
         x, sent, penalty = self._pending
         if g.shape != sent.shape:
             raise ValueError(
@@ -193,87 +117,106 @@ class Learner:
             )
         self._pending = None
         try:
-            with self._rng.own():
+            with self._rng.own(x.device):
+                outputs, gradients = [], []
                 if sent.requires_grad:
                     outputs, gradients = [sent], [g.to(sent.device)]
-                    if penalty is not None and penalty.requires_grad:
-                        outputs.append(penalty)
-                        gradients.append(torch.ones_like(penalty))
+                if penalty is not None and penalty.requires_grad:
+                    outputs.append(penalty)
+                    gradients.append(torch.ones_like(penalty))
+                if outputs:
                     self._step(lambda: torch.autograd.backward(outputs, gradients))
                 return self.guard.gradient(_gradient(x)) if x.requires_grad else None
         finally:
-            self._turn.give()
+            self._turn.give(self)
 
     def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the mean loss and, if ``z`` asks for it, its guarded gradient, after one optimizer step."""
-        self._turn.take(self.name)
+        self._turn.take(self)
+        self._pending = None
         try:
             z = self._leaf(z)
             y = y.to(z.device)
-            with self._rng.own():
-                with _explained(self.name, z, y):
-                    loss = self.loss(self.stage(z), y)
-                if not torch.isfinite(loss):
-                    raise ValueError(
-                        f"{self.name}: expected a finite loss, got {loss.item()} at step {self.steps}; "
-                        "lower the learning rate, or look for non-finite inputs"
-                    )
-                self._step(loss.backward)
+            with self._rng.own(z.device):
+                loss = self._mean_loss(self._output(z), y)
+                if loss.requires_grad:
+                    self._step(loss.backward)
                 return loss.detach(), self.guard.gradient(_gradient(z), y) if z.requires_grad else None
         finally:
-            self._turn.give()
+            self._turn.give(self)
+
+    def abandon(self) -> None:
+        """Give up the open step, if there is one: its backward will not come."""
+        self._pending = None
+        self._turn.give(self)
 
     def label(self, y: Tensor) -> Tensor:
         """Return what this party says its labels are."""
-        with self._rng.own():
+        with self._rng.own(y.device):
             return self.guard.label(y)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Return the guarded output in evaluation mode; the training state, each mode and randomness stay."""
-        modes = [(module, module.training) for module in self.stage.modules()]
-        self.stage.eval()
-        try:
-            x = self._leaf(x)
-            with self._predict_rng.own(), _explained(self.name, x):
-                return self.guard.activation(self.stage(x)).detach()
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        """Return the guarded output in evaluation mode; the training state, each mode and randomness stay.
+
+        It waits for no turn: an open step of a shared stage neither changes it nor is changed by it.
+        """
+        x = self._leaf(x)
+        with self._predict_rng.own(x.device):  # nobody trains meanwhile, so that nobody sees the other mode
+            modes = [(module, module.training) for module in self.stage.modules()]
+            self.stage.eval()
+            try:
+                return self.guard.activation(self._output(x)).detach()
+            finally:
+                for module, mode in modes:
+                    module.training = mode
 
     def weights(self) -> dict[str, Tensor]:
         """Return clones of parameters and buffers."""
         return {name: tensor.detach().clone() for name, tensor in self.stage.state_dict().items()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over parameters and buffers; names and shapes must match."""
-        try:
-            self.stage.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{self.name}: expected the weights of its own stage; {_one_line(error)}") from error
+        """Take over parameters and buffers; names and shapes must match, or nothing is taken."""
+        own = self.stage.state_dict()
+        wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+        wrong += [name for name in weights if name not in own]
+        if wrong:
+            name = wrong[0]
+            wanted, got = (tuple(side[name].shape) if name in side else "none" for side in (own, weights))
+            more = f" and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+            raise ValueError(
+                f"{self.name}: expected the weights of its own stage, {name!r} of shape {wanted}, got {got}{more}; "
+                "cut one model for all parties"
+            )
+        self.stage.load_state_dict(weights)
 
     def session(self, name: str) -> Self:
-        """Return a party that shares this one's stage, optimizer, guard and randomness, with its own pending step.
+        """Return a party that shares this one's stage, optimizer, guard and randomness, with its own open step.
 
-        The stage serves one exchange at a time, from forward to backward (SplitFed V2).
+        The stage serves one exchange at a time, from forward to backward (SplitFed V2); see ``Turn``.
         """
         other = copy.copy(self)
         other.name, other._pending = name, None
         return other
 
     def replica(self, name: str) -> Self:
-        """Return an independent copy: its own stage, optimizer state, guard and randomness (SplitFed V1)."""
+        """Return an independent copy: its own stage, optimizer state and guard (SplitFed V1).
+
+        Its randomness is its own too, so that no two replicas draw the same noise.
+        """
         other = copy.copy(self)
-        parts = (self.stage, self.optimizer, self.guard, self._rng, self._predict_rng)
         # One deepcopy of all: the copied optimizer then holds the copied stage's parameters.
-        other.stage, other.optimizer, other.guard, other._rng, other._predict_rng = copy.deepcopy(parts)
-        other.name, other._pending, other._turn = name, None, _Turn()
+        other.stage, other.optimizer, other.guard = copy.deepcopy((self.stage, self.optimizer, self.guard))
+        other._rng, other._predict_rng = self._rng.fork(name), self._predict_rng.fork(name)
+        other.name, other._pending, other._turn = name, None, Turn()
         return other
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on. Taken between steps, never between forward and backward."""
-        if self._pending is not None:
-            raise ValueError(f"{self.name}: expected no open step, got a forward without its backward; finish the step")
+        if self._turn.taken:
+            raise ValueError(
+                f"{self.name}: expected no open step, got a forward without its backward; finish it or abandon() it"
+            )
         return {
             "stage": self.weights(),
             "optimizer": self.optimizer.state_dict() if self.optimizer is not None else {},
@@ -284,7 +227,12 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned; the next step is then bit for bit the same."""
+        """Take over what ``state_dict`` returned; the next step is then bit for bit the same. Open steps are void."""
+        if bool(state["optimizer"]) != (self.optimizer is not None):
+            wanted, got = ("a", "none") if self.optimizer is not None else ("no", "one")
+            raise ValueError(
+                f"{self.name}: expected the state of {wanted} optimizer, got {got}; resume with the same parties"
+            )
         self.load_weights(state["stage"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
@@ -293,12 +241,43 @@ class Learner:
         self._predict_rng.load_state_dict(state["predict_rng"])
         self.steps = state["steps"]
         self._pending = None
+        self._turn.void()
 
     def _leaf(self, x: Tensor) -> Tensor:
         """Return ``x`` on the stage's device, as a leaf that asks for a gradient if and only if ``x`` does."""
         parameter = next(self.stage.parameters(), None)
         leaf = x.detach() if parameter is None else x.detach().to(parameter.device)
         return leaf.requires_grad_(x.requires_grad)
+
+    def _output(self, x: Tensor) -> Tensor:
+        try:
+            return self.stage(x)
+        except torch.OutOfMemoryError:
+            raise
+        except MISFITS as error:
+            raise ValueError(f"{self.name}: {why_no_output(x, error)}") from error
+
+    def _mean_loss(self, output: Tensor, y: Tensor) -> Tensor:
+        try:
+            loss = self.loss(output, y)
+        except MISFITS as error:
+            raise ValueError(f"{self.name}: {why_no_loss(output, y, error)}") from error
+        self._check_number(loss, "loss")
+        if output.requires_grad and not loss.requires_grad:
+            raise ValueError(f"{self.name}: expected a loss that can be differentiated, got one without a gradient")
+        return loss
+
+    def _check_number(self, value: Tensor, what: str) -> None:
+        if value.numel() != 1:
+            raise ValueError(
+                f"{self.name}: expected a {what} of one number, got shape {tuple(value.shape)}; "
+                "take the mean over the batch"
+            )
+        if not torch.isfinite(value):
+            raise ValueError(
+                f"{self.name}: expected a finite {what}, got {value.item()} at step {self.steps}; "
+                "lower the learning rate, or look for non-finite inputs"
+            )
 
     def _step(self, differentiate: Callable[[], None]) -> None:
         if self.optimizer is None:
@@ -363,76 +342,22 @@ class Features:
         if ids.dtype != torch.int64 or ids.ndim != 1:
             raise ValueError(f"{self.name}: expected a row of int64 sample numbers, got {ids.dtype} of {ids.ndim} dims")
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.x):
-            raise ValueError(f"{self.name}: expected sample numbers below {len(self.x)}, got {int(ids.max())}")
+            raise ValueError(
+                f"{self.name}: expected sample numbers from 0 to {len(self.x) - 1}, got {int(ids.min())} to "
+                f"{int(ids.max())}; align the parties' samples first"
+            )
         return self.x[ids]
-
-
-class _Randomness:
-    """A generator state of one party's own, swapped in for torch's global one while that party works.
-
-    The global generator serves one party of this process at a time; threads that wait for a network do not hold it.
-    """
-
-    _working = threading.RLock()
-
-    def __init__(self, seed: int):
-        self._cpu = torch.Generator().manual_seed(seed).get_state()
-        self._cuda: Tensor | None = None
-        self._seed = seed
-
-    @contextmanager
-    def own(self) -> Iterator[None]:
-        cuda = torch.cuda.is_available()
-        with self._working:
-            outside = torch.get_rng_state()
-            torch.set_rng_state(self._cpu)
-            if cuda:
-                outside_cuda = torch.cuda.get_rng_state()
-                if self._cuda is None:
-                    torch.cuda.manual_seed(self._seed)
-                else:
-                    torch.cuda.set_rng_state(self._cuda)
-            try:
-                yield
-            finally:
-                self._cpu = torch.get_rng_state()
-                torch.set_rng_state(outside)
-                if cuda:
-                    self._cuda = torch.cuda.get_rng_state()
-                    torch.cuda.set_rng_state(outside_cuda)
-
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"cpu": self._cpu.clone(), "seed": self._seed}
-        return state if self._cuda is None else {**state, "cuda": self._cuda.clone()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._cpu, self._seed, self._cuda = state["cpu"].clone(), state["seed"], state.get("cuda")
 
 
 def _gradient(leaf: Tensor) -> Tensor:
     return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-@contextmanager
-def _explained(name: str, x: Tensor, y: Tensor | None = None) -> Iterator[None]:
-    """Turn torch's errors on a tensor that does not fit into one line that names the party and the fix."""
-    try:
-        yield
-    except (RuntimeError, ValueError, IndexError) as error:
-        text = _one_line(error)
-        if "out of bounds" in text and y is not None:
-            fix = f"expected labels that index the outputs, got labels from {int(y.min())} to {int(y.max())}"
-            hint = "match the last layer's width to the number of classes"
-        elif "more than 1 value per channel" in text:
-            fix, hint = (
-                f"expected more than one sample, got a batch of {len(x)}",
-                "batch norm needs more: drop_last=True",
-            )
-        else:
-            fix = f"its stage does not fit an input of shape {tuple(x.shape)} and type {x.dtype}"
-            hint = "cut one model for all parties, and send what the stage below puts out"
-        raise ValueError(f"{name}: {fix} ({text}); {hint}") from error
+def _check_owned(name: str, stage: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    own = {id(parameter) for parameter in stage.parameters()}
+    foreign = sum(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"])
+    if foreign:
+        raise ValueError(
+            f"{name}: expected an optimizer of its own stage's parameters, got {foreign} of another module; "
+            "build it over stage.parameters(), after any deepcopy of the stage"
+        )

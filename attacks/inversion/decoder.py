@@ -93,7 +93,7 @@ def decoder_family(input_shape: tuple[int, ...], *, seed: int = 0) -> dict[str, 
     Which size does best depends on the protection: noise favours few parameters, a deep cut many.
     """
     family = {
-        "decoder-affine": Decoder(Dense(depth=0), epochs=40, lr=2e-3, seed=seed),
+        "decoder-affine": Decoder(Dense(depth=0), epochs=40, lr=1e-3, seed=seed),
         "decoder-dense": Decoder(Dense(256, 1), epochs=30, lr=2e-3, seed=seed),
     }
     if len(input_shape) > 1:

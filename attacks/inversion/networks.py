@@ -23,6 +23,9 @@ class Dense:
     width: int = 256
     depth: int = 1
 
+    def __post_init__(self) -> None:
+        _check_size(self.width, self.depth)
+
     def build(self, z_shape: Shape, x_shape: Shape) -> nn.Sequential:
         """Return a network from activations [N, *z_shape] to inputs [N, *x_shape], its last layer all zero."""
         sizes = [prod(z_shape), *[self.width] * self.depth, prod(x_shape)]
@@ -42,6 +45,9 @@ class Convolutional:
 
     width: int = 32
     depth: int = 1
+
+    def __post_init__(self) -> None:
+        _check_size(self.width, self.depth)
 
     def build(self, z_shape: Shape, x_shape: Shape) -> nn.Sequential:
         """Return a network from activations [N, *z_shape] to inputs [N, *x_shape], its last layer all zero."""
@@ -90,6 +96,11 @@ class _Crop(nn.Module):
         for dim, size in enumerate(self.sizes, start=2):
             x = x.narrow(dim, 0, size)
         return x
+
+
+def _check_size(width: int, depth: int) -> None:
+    if width < 1 or depth < 0:
+        raise ValueError(f"expected a width of 1 or more and a depth of 0 or more, got {width} and {depth}")
 
 
 def _zeroed(layer: nn.Module) -> nn.Module:
