@@ -1,13 +1,14 @@
 """What an experiment is: a question, its options, and the trials that answer it."""
 
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from experiments.runner import Task
 
-__all__ = ["Experiment", "Options"]
+__all__ = ["Experiment", "Options", "reproduction"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,14 @@ class Experiment:
     summary: str
     config: type
     tasks: Callable[[Any, Options], list[Task]]
+
+
+def reproduction(name: str, config: Any, *, data: str, device: str, seed: int) -> str:
+    """Return the command that runs one trial: ``config`` narrowed to it, options at their defaults left out."""
+    words = ["splitlearn", "run", name, "--data", data]
+    for option in fields(config):
+        value = getattr(config, option.name)
+        if value != option.default:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{option.name.replace('_', '-')}", text]
+    return shlex.join([*words, "--device", device, "--seeds", str(seed)])

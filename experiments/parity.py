@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from experiments.experiment import Experiment, Options
+from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import PROTOCOLS
 from experiments.parts import Shield, find
 from experiments.runner import Outcome, Task
@@ -49,16 +49,12 @@ def tasks(config: Config, options: Options) -> list[Task]:
         batch_size=config.batch_size, optimizer=config.optimizer, lr=config.lr, clients=config.clients,
         device=device_of(options.device), dtype=config.dtype,
     )  # fmt: skip
-    usual = Config()
     found = []
     for protocol in config.protocols:
         for seed in options.seeds:
             training = replace(base, protocol=protocol, seed=seed)
-            words = [f"splitlearn run parity --data {options.data} --protocols {protocol} --cut {training.cut}"]
-            for name in ("clients", "epochs", "batch_size", "optimizer", "lr", "dtype"):
-                if getattr(config, name) != getattr(usual, name):
-                    words.append(f"--{name.replace('_', '-')} {getattr(config, name)}")
-            words += [f"--device {training.device}", f"--seeds {seed}"]
+            alone = replace(config, protocols=(protocol,), cut=training.cut)
+            command = reproduction("parity", alone, data=options.data, device=training.device, seed=seed)
             labels = {
                 "seed": seed, "data": options.data, "protocol": protocol, "cut": training.cut,
                 "protection": "none", "strength": "",
@@ -66,10 +62,11 @@ def tasks(config: Config, options: Options) -> list[Task]:
             described = {
                 "data": options.data,
                 "sizes": list(DATASETS[options.data].sizes),
-                "training": asdict(training),
+                "seed": seed,
+                "training": {name: value for name, value in asdict(training).items() if name != "seed"},
             }
             call = partial(run_trial, options.data, training, options.data_dir)
-            found.append(Task("parity", described, " ".join(words), labels, call))
+            found.append(Task("parity", described, command, labels, call))
     return found
 
 

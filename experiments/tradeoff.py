@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from experiments.experiment import Experiment, Options
+from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
 from experiments.parts import Aim, Attack, Shield, find
 from experiments.record import Leakage
@@ -79,19 +79,6 @@ class Trial:
             },
         }
 
-    def command(self) -> str:
-        """Return the command that runs this trial alone."""
-        training, usual = self.training, Config()
-        spec = f"{self.protection}:{self.strength}" if self.strength else self.protection
-        words = ["splitlearn run tradeoff", f"--data {self.data}", f"--protocols {training.protocol}"]
-        words += [f"--cuts {training.cut}", f"--protections {spec}", f"--attacks {','.join(self.attacks)}"]
-        for name in ("clients", "epochs", "batch_size", "optimizer", "lr"):
-            if getattr(training, name) != getattr(usual, name):
-                words.append(f"--{name.replace('_', '-')} {getattr(training, name)}")
-        if self.targets != usual.targets:
-            words.append(f"--targets {self.targets}")
-        return " ".join([*words, f"--device {training.device}", f"--seeds {training.seed}"])
-
 
 def tasks(config: Config, options: Options) -> list[Task]:
     """Return one task for each protocol, cut, protection, strength and seed; every name is checked first."""
@@ -118,7 +105,10 @@ def tasks(config: Config, options: Options) -> list[Task]:
                 training = replace(base, protocol=protocol, cut=place, seed=seed)
                 for protection, strength in protections:
                     trial = Trial(options.data, training, protection, strength, config.attacks, config.targets)
-                    found.append(_task(trial, _aim(splits, seed), options.data_dir))
+                    spec = f"{protection}:{strength}" if strength else protection
+                    alone = replace(config, protocols=(protocol,), cuts=(place,), protections=(spec,))
+                    command = reproduction("tradeoff", alone, data=options.data, device=device, seed=seed)
+                    found.append(_task(trial, command, _aim(splits, seed), options.data_dir))
     return found
 
 
@@ -211,13 +201,13 @@ def _aim(splits: Splits, seed: int) -> Aim:
     return Aim(tuple(splits.private.x.shape[1:]), bounds, seed)
 
 
-def _task(trial: Trial, aim: Aim, data_dir: Path | None) -> Task:
+def _task(trial: Trial, command: str, aim: Aim, data_dir: Path | None) -> Task:
     training = trial.training
     labels = {
         "seed": training.seed, "data": trial.data, "protocol": training.protocol, "cut": training.cut,
         "protection": trial.protection, "strength": trial.strength,
     }  # fmt: skip
-    return Task("tradeoff", trial.described(aim), trial.command(), labels, partial(run_trial, trial, data_dir))
+    return Task("tradeoff", trial.described(aim), command, labels, partial(run_trial, trial, data_dir))
 
 
 TRADEOFF = Experiment(

@@ -176,11 +176,13 @@ class ErrorFeedback:
     def pack(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
         """Return the inner codec's parts of ``tensor`` plus what was lost under this key so far."""
         if Kind.of(key) is not Kind.UPDATE:
-            raise ValueError(f"expected a model update, got {key!r}; error feedback would mix samples in anything else")
+            raise ValueError(
+                f"expected a model update, got {str(key)!r}; error feedback would mix samples in anything else"
+            )
         residual = self._residual.get(key)
         if residual is not None and residual.shape != tensor.shape:
             raise ValueError(
-                f"expected {key!r} of shape {tuple(residual.shape)} as before, got {tuple(tensor.shape)}; "
+                f"expected {str(key)!r} of shape {tuple(residual.shape)} as before, got {tuple(tensor.shape)}; "
                 "use one ErrorFeedback a sender and model"
             )
         wanted = tensor if residual is None else tensor + residual
@@ -232,7 +234,7 @@ def _greatest(rows: Tensor) -> Tensor:
 def _check_finite(key: str, values: Tensor) -> None:
     if not torch.isfinite(values).all():
         raise ValueError(
-            f"expected finite values in {key!r}, got nan, inf or too wide a range; a codec cannot carry them"
+            f"expected finite values in {str(key)!r}, got nan, inf or too wide a range; a codec cannot carry them"
         )
 
 

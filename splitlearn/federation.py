@@ -2,107 +2,28 @@
 
 A member trains its own bottom against its own session on the main server; the fed server averages bottoms, the
 main server averages its sessions. Averages are (n/N)·w, summed in the members' order, so that one member's
-weights come out of it bit for bit. Integer buffers are never averaged.
+weights come out of it bit for bit. Integer buffers are never averaged. Entries that members keep to themselves
+stay in the global model as they were.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from splitlearn.frames import Kind, Message
-from splitlearn.party import Learner, Party
-from splitlearn.protocols import parallel, vanilla
-from splitlearn.wire import Transport, keyed, named
+from splitlearn.members import FedMember, Member, RemoteMember, Weights, batch_norm_entries
+from splitlearn.party import Party
+from splitlearn.protocols import parallel
 
 __all__ = [
     "Aggregator", "FedMember", "Member", "RemoteMember", "Round", "apart_round", "batch_norm_entries", "fedavg_round",
     "in_turn_round", "mean", "parallel_round", "sample", "splitfed_v1_round", "splitfed_v2_round", "splitfed_v3_round",
 ]  # fmt: skip
 
-Weights = dict[str, Tensor]
+T = TypeVar("T")
 Aggregator = Callable[[Sequence[Mapping[str, Tensor]], Sequence[int]], Weights]
-
-
-class FedMember(Protocol):
-    """What takes part in a round. One that cannot be reached raises ``ConnectionError`` and is left out."""
-
-    name: str
-
-    def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
-        """Train from ``weights`` on own data; return the new weights and the number of samples behind them."""
-
-
-class Member:
-    """A member that trains a Learner: the bottom against ``server``, or the whole model where that is None.
-
-    ``batches`` yields (x, y) anew on every round. Entries named in ``local`` stay with the member and are never
-    taken from the fed server: batch norm's, for example (FedBN, Li et al. 2021, arXiv:2102.07623). The
-    optimizer's state is the member's own and outlives the round.
-    """
-
-    def __init__(
-        self,
-        learner: Learner,
-        server: Party | None,
-        batches: Iterable[tuple[Tensor, Tensor]],
-        *,
-        local: Collection[str] = (),
-    ):
-        self.name = learner.name
-        self.learner, self.server, self.batches, self.local = learner, server, batches, frozenset(local)
-        self.loss = float("nan")  # mean over the samples of the last round
-
-    def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
-        """Train from ``weights`` over all batches; return the new weights and the number of samples."""
-        own = self.learner.weights()
-        self.learner.load_weights({**weights, **{name: own[name] for name in self.local}})
-        count, total = 0, 0.0
-        for x, y in self.batches:
-            if self.server is None:
-                loss, _ = self.learner.learn(x, self.learner.label(y))
-            else:
-                loss = vanilla(self.learner, self.server, x, y)
-            count, total = count + len(x), total + loss.item() * len(x)
-        self.loss = total / count if count else float("nan")
-        return self.learner.weights(), count
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the learner's state, and that of the batches where they have one."""
-        batches = self.batches.state_dict() if hasattr(self.batches, "state_dict") else {}
-        return {"learner": self.learner.state_dict(), "batches": batches}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
-        self.learner.load_state_dict(state["learner"])
-        if hasattr(self.batches, "load_state_dict"):
-            self.batches.load_state_dict(state["batches"])
-
-
-class RemoteMember:
-    """A member on the other end of a transport.
-
-    With ``updates`` it answers with the difference to the weights that it was given, which a codec may pack;
-    without, with the weights themselves, bit for bit.
-    """
-
-    def __init__(self, name: str, transport: Transport, session: str, *, updates: bool = False):
-        self.name = name
-        self._transport, self._session, self._updates, self._steps = transport, session, updates, 0
-
-    def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
-        """Have the member train from ``weights``; return its new weights and its number of samples."""
-        verb = "update" if self._updates else "round"
-        message = Message(verb, keyed(weights, Kind.WEIGHTS), self._session, self._steps + 1)
-        reply = self._transport.request(message).tensors
-        self._steps += 1
-        if self._updates:
-            new = {name: weights[name] + change for name, change in named(reply, Kind.UPDATE).items()}
-        else:
-            new = named(reply, Kind.WEIGHTS)
-        return new, int(reply[Kind.COUNT])
 
 
 def mean(weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> Weights:
@@ -119,8 +40,11 @@ def mean(weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> Weig
         if not first.is_floating_point():
             result[name] = first.clone()
             continue
-        average = torch.zeros_like(first)
-        for own, count in zip(weights, counts, strict=True):
+        if any(other[name].shape != first.shape for other in weights):
+            shapes = ", ".join(str(tuple(other[name].shape)) for other in weights)
+            raise ValueError(f"expected {name!r} of one shape from every member, got {shapes}; train one model in all")
+        average = (counts[0] / total) * first
+        for own, count in zip(weights[1:], counts[1:], strict=True):
             average += (count / total) * own[name]
         result[name] = average
     return result
@@ -141,9 +65,11 @@ def fedavg_round(members: Sequence[FedMember], model: Party, *, aggregate: Aggre
     (McMahan et al. 2017, arXiv:1602.05629.) ``model`` is the fed server's copy: it gives the round's
     start and takes its result.
     """
-    results, dropped = _collect(members, model.weights())
-    model.load_weights(aggregate(*_columns(results)))
-    return _round(results, dropped)
+    _named(members)
+    start = model.weights()
+    weights, counts, done = _finished(*_collect(members, start))
+    model.load_weights({**start, **aggregate(weights, counts)})
+    return done
 
 
 def splitfed_v1_round(
@@ -157,16 +83,16 @@ def splitfed_v1_round(
     """Each member trains against a server copy of its own; bottoms and tops are averaged.
 
     (Thapa et al. 2022, arXiv:2004.12088.) ``sessions`` are the main server's copies by
-    member name, ``bottom`` and ``top`` the global ones.
+    member name, ``bottom`` and ``top`` the global ones. Both averages leave out whoever dropped out.
     """
-    start = top.weights()
+    _named(members, sessions)
+    start, top_start = bottom.weights(), top.weights()
     for member in members:
-        sessions[member.name].load_weights(start)
-    results, dropped = _collect(members, bottom.weights())
-    weights, counts = _columns(results)
-    bottom.load_weights(aggregate(weights, counts))
-    top.load_weights(aggregate([sessions[name].weights() for name in results], counts))
-    return _round(results, dropped)
+        sessions[member.name].load_weights(top_start)
+    weights, counts, done = _finished(*_collect(members, start))
+    bottom.load_weights({**start, **aggregate(weights, counts)})
+    top.load_weights(aggregate([sessions[name].weights() for name in done.counts], counts))
+    return done
 
 
 def splitfed_v2_round(
@@ -180,15 +106,18 @@ def splitfed_v2_round(
 
     (Thapa et al. 2022, arXiv:2004.12088.) ``order`` lists positions in ``members``: a schedule of the
     server's, as given where None. Deviation: a member's batches follow each other; the paper leaves the
-    interleaving open.
+    interleaving open. What the server learned from a member that then dropped out stays in it.
     """
+    _named(members)
     places = list(range(len(members)) if order is None else order)
     if sorted(places) != list(range(len(members))):
         raise ValueError(f"expected an order that visits each of {len(members)} members once, got {places}")
-    results, dropped = _collect([members[place] for place in places], bottom.weights())
+    start = bottom.weights()
+    results, dropped = _collect([members[place] for place in places], start)
     in_place = {member.name: results[member.name] for member in members if member.name in results}
-    bottom.load_weights(aggregate(*_columns(in_place)))
-    return _round(in_place, dropped)
+    weights, counts, done = _finished(in_place, dropped)
+    bottom.load_weights({**start, **aggregate(weights, counts)})
+    return done
 
 
 def splitfed_v3_round(
@@ -199,6 +128,7 @@ def splitfed_v3_round(
     aggregate: Aggregator = mean,
 ) -> Round:
     """Bottoms stay with their members, only the tops are averaged (Gawali et al. 2020, arXiv:2012.12591)."""
+    _named(members, sessions)
     start = top.weights()
     for member in members:
         sessions[member.name].load_weights(start)
@@ -211,35 +141,35 @@ def in_turn_round(members: Sequence[FedMember], bottom: Party) -> Round:
     """Vanilla split learning with several clients in turn: each starts from the bottom that the last one left.
 
     (Gupta & Raskar 2018, arXiv:1810.06060.) ``bottom`` gives the first member's start and takes the last one's
-    weights. Optimizer states are never handed over.
+    weights. Optimizer states are never handed over. Past one that drops out the bottom before it is handed on;
+    what the server learned from it stays.
     """
-    weights: Mapping[str, Tensor] = bottom.weights()
+    _named(members)
+    weights = bottom.weights()
     results: dict[str, tuple[Weights, int]] = {}
     dropped: list[str] = []
     for member in members:
-        finished, lost = _collect([member], weights, needed=0)
-        results |= finished
-        dropped += lost
-        weights = finished[member.name][0] if finished else weights
-    _columns(results)
+        one, lost = _collect([member], weights)
+        results, dropped = results | one, dropped + lost
+        weights = weights | one[member.name][0] if one else weights
+    _, _, done = _finished(results, dropped)
     bottom.load_weights(weights)
-    return _round(results, dropped)
+    return done
 
 
 def apart_round(members: Sequence[Member]) -> Round:
     """Several clients in turn against one server, each with a bottom of its own; nothing is handed over."""
+    _named(members)
     results: dict[str, tuple[Weights, int]] = {}
     dropped: list[str] = []
     for member in members:
-        finished, lost = _collect([member], member.learner.weights(), needed=0)
-        results |= finished
-        dropped += lost
-    _columns(results)
-    return _round(results, dropped)
+        one, lost = _collect([member], member.learner.weights())
+        results, dropped = results | one, dropped + lost
+    return _finished(results, dropped)[2]
 
 
 def parallel_round(
-    clients: Sequence[Learner],
+    clients: Sequence[Party],
     server: Party,
     batches: Sequence[Iterable[tuple[Tensor, Tensor]]],
     *,
@@ -249,8 +179,12 @@ def parallel_round(
     """Parallel split learning: each step is one server pass over all clients (Jeon & Kim 2020; see ``parallel``).
 
     A client whose batches end sooner leaves the later steps. Where ``bottom`` is given, the clients start from
-    it and their bottoms are averaged into it at the end; otherwise they stay apart.
+    it and their bottoms are averaged into it at the end; otherwise they stay apart. A step needs all who are in it,
+    so that a client that cannot be reached ends the round with its ``ConnectionError``.
     """
+    _named(clients)
+    if len(batches) != len(clients):
+        raise ValueError(f"expected batches for each client, got {len(batches)} for {len(clients)} clients")
     if bottom is not None:
         start = bottom.weights()
         for client in clients:
@@ -265,12 +199,14 @@ def parallel_round(
         for client, (x, _) in ready:
             counts[client.name] += len(x)
         total += loss.item() * sum(len(x) for _, (x, _) in ready)
+    if not any(counts.values()):
+        raise ValueError("expected a client with some samples, got none; give each client its batches")
     if bottom is not None:
         bottom.load_weights(aggregate([client.weights() for client in clients], list(counts.values())))
     return Round(counts, loss=total / sum(counts.values()))
 
 
-def sample(members: Sequence[Any], count: int, generator: torch.Generator) -> list[Any]:
+def sample(members: Sequence[T], count: int, generator: torch.Generator) -> list[T]:
     """Return ``count`` members drawn without replacement, in their own order."""
     if not 1 <= count <= len(members):
         raise ValueError(f"expected a sample of 1 to {len(members)} members, got {count}")
@@ -278,15 +214,26 @@ def sample(members: Sequence[Any], count: int, generator: torch.Generator) -> li
     return [members[place] for place in chosen.tolist()]
 
 
-def batch_norm_entries(stage: nn.Module) -> frozenset[str]:
-    """Return the names of all entries of batch-norm layers, for ``Member(local=…)``."""
-    kinds = nn.modules.batchnorm._BatchNorm
-    layers = [(name, layer) for name, layer in stage.named_modules() if isinstance(layer, kinds)]
-    return frozenset(f"{name}.{entry}" if name else entry for name, layer in layers for entry in layer.state_dict())
+class Named(Protocol):
+    """What has a name."""
+
+    name: str
+
+
+def _named(members: Sequence[Named], sessions: Mapping[str, Party] | None = None) -> None:
+    """Refuse members that share a name, or one without a session on the main server."""
+    names = [member.name for member in members]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"expected members, each of a name of its own, got {', '.join(names) or 'none'}")
+    if sessions is not None and (missing := [name for name in names if name not in sessions]):
+        raise ValueError(
+            f"expected a session of the main server for each member, got none for {', '.join(missing)}; "
+            "make one with server.replica(name)"
+        )
 
 
 def _collect(
-    members: Sequence[FedMember], weights: Mapping[str, Tensor], *, needed: int = 1
+    members: Sequence[FedMember], weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, tuple[Weights, int]], list[str]]:
     """Return the result of each member that finished the round, and the names of those that dropped out."""
     results, dropped = {}, []
@@ -295,16 +242,14 @@ def _collect(
             results[member.name] = member.round(weights)
         except ConnectionError:
             dropped.append(member.name)
-    if len(results) < needed:
-        raise ValueError(f"expected a member to finish the round, all dropped out: {', '.join(dropped)}; run it again")
     return results, dropped
 
 
-def _columns(results: Mapping[str, tuple[Weights, int]]) -> tuple[list[Weights], list[int]]:
+def _finished(
+    results: Mapping[str, tuple[Weights, int]], dropped: Sequence[str]
+) -> tuple[list[Weights], list[int], Round]:
+    """Return the weights, the counts and the record of a round that somebody finished."""
     if not results:
-        raise ValueError("expected a member to finish the round, all dropped out; run it again")
-    return [weights for weights, _ in results.values()], [count for _, count in results.values()]
-
-
-def _round(results: Mapping[str, tuple[Weights, int]], dropped: Sequence[str]) -> Round:
-    return Round({name: count for name, (_, count) in results.items()}, tuple(dropped))
+        raise ValueError(f"expected a member to finish the round, all dropped out: {', '.join(dropped)}; run it again")
+    counts = {name: count for name, (_, count) in results.items()}
+    return [weights for weights, _ in results.values()], list(counts.values()), Round(counts, tuple(dropped))

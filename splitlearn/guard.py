@@ -17,6 +17,10 @@ class Guard:
     keeps a state moves it only where ``torch.is_grad_enabled()``.
     """
 
+    def __repr__(self) -> str:
+        """Return what a record keeps of it: the same in every run. A guard with settings is best a dataclass."""
+        return f"{type(self).__name__}()"
+
     def activation(self, z: Tensor) -> Tensor:
         """Return what is sent in place of the activation ``z`` (batch first)."""
         return z
@@ -46,6 +50,9 @@ class Guards(Guard):
 
     def __init__(self, *guards: Guard):
         self.guards = guards
+
+    def __repr__(self) -> str:
+        return f"Guards({', '.join(map(repr, self.guards))})"
 
     def activation(self, z: Tensor) -> Tensor:
         """Return ``z`` passed through every guard."""

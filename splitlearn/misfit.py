@@ -29,8 +29,9 @@ def why_no_loss(output: Tensor, y: Tensor, error: Exception) -> str:
     """Return what was wrong with the labels that made torch raise ``error``, and the fix."""
     text = _one_line(error)
     if "out of bounds" in text and y.numel():
+        classes = output.shape[min(1, output.ndim - 1)]
         return (
-            f"expected labels from 0 to {output.shape[-1] - 1}, got {y.min().item()} to {y.max().item()}; "
+            f"expected labels from 0 to {classes - 1}, got {y.min().item()} to {y.max().item()}; "
             f"match the last layer's width to the number of classes ({text})"
         )
     return (

@@ -229,7 +229,7 @@ class Learner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned; the next step is then bit for bit the same. Open steps are void."""
         if bool(state["optimizer"]) != (self.optimizer is not None):
-            wanted, got = ("a", "none") if self.optimizer is not None else ("no", "one")
+            wanted, got = ("an", "none") if self.optimizer is not None else ("no", "one")
             raise ValueError(
                 f"{self.name}: expected the state of {wanted} optimizer, got {got}; resume with the same parties"
             )

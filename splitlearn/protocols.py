@@ -46,6 +46,8 @@ def vertical(owner: Party, clients: Sequence[Party], ids: Tensor, y: Tensor, *, 
     (Vepakomma et al. 2018, arXiv:1812.00564.) An owner without features is the label-only server; one with
     features is itself among the clients. Remote clients are asked at once. Returns the mean loss.
     """
+    if not clients:
+        raise ValueError("expected at least one client that holds features, got none")
     parts = _at_once(clients, [partial(client.forward, ids) for client in clients])
     joined = join(parts)
     z = joined.detach().requires_grad_()
@@ -61,7 +63,7 @@ def parallel(clients: Sequence[Party], server: Party, batches: Sequence[tuple[Te
     ("Privacy-sensitive parallel split learning", ICOIN 2020.) ``batches`` holds one (x, y) a client; returns
     the mean loss over all samples, of which each client receives its part of the gradient.
     """
-    if len(clients) != len(batches):
+    if len(clients) != len(batches) or not clients:
         raise ValueError(f"expected one batch a client, got {len(batches)} for {len(clients)} clients")
     parts = _at_once(clients, [partial(client.forward, x) for client, (x, _) in zip(clients, batches, strict=True)])
     z = torch.cat([part.detach() for part in parts]).requires_grad_()
@@ -79,6 +81,9 @@ def concatenated(parts: Sequence[Tensor]) -> Tensor:
 
 def summed(parts: Sequence[Tensor]) -> Tensor:
     """Return the sum of the activations, which must be of one shape."""
+    if any(part.shape != parts[0].shape for part in parts):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ValueError(f"expected activations of one shape to add up, got {shapes}; or join them with concatenated")
     return torch.stack(list(parts)).sum(0)
 
 

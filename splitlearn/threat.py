@@ -6,7 +6,7 @@ is an error that names the grant.
 
 import copy
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,13 @@ class Threat:
     auxiliary: bool = False  # samples of its own from the same distribution, disjoint from the private ones
     auxiliary_labels: bool = False  # and their labels
 
+    def __post_init__(self) -> None:
+        if unknown := sorted(str(kind) for kind in self.sees if kind not in set(Kind)):
+            raise ValueError(f"expected kinds among {', '.join(Kind)}; got {', '.join(unknown)}")
+        object.__setattr__(self, "sees", frozenset(Kind(kind) for kind in self.sees))
+        if self.auxiliary_labels and not self.auxiliary:
+            raise ValueError("expected samples with the labels, got labels alone; grant Threat(auxiliary=True) too")
+
     def in_words(self) -> list[str]:
         """Return what it sees and knows, a line each, in plain words."""
         knows = [
@@ -52,7 +59,8 @@ class Threat:
 class Encoder(nn.Module):
     """The victim's path from an input to what the other side reads: stage, guard, codec; frozen, in evaluation mode.
 
-    It is differentiable in its input (codecs by the identity), so that an adaptive attack can train through the
+    It is a copy, which later training does not move, and stays in evaluation mode inside a module that trains. It is
+    differentiable in its input (codecs by the identity), so that an adaptive attack can train through the
     protection that it must beat. A guard's noise is drawn anew at every call.
     """
 
@@ -61,11 +69,18 @@ class Encoder(nn.Module):
         self.stage = copy.deepcopy(stage).eval().requires_grad_(False)
         self.guard = copy.deepcopy(guard) if guard is not None else Guard()
         self.codec = codec
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what crosses for ``x``, batch first."""
         z = self.guard.activation(self.stage(x))
-        return z if self.codec is None else through(self.codec, z)
+        if self.codec is None or Kind.ACTIVATION not in self.codec.kinds:
+            return z
+        return through(self.codec, z)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode, as the victim answers."""
+        return super().train(False)
 
 
 @dataclass(frozen=True)
@@ -87,22 +102,20 @@ class View:
 
     def tensors(self, kind: Kind, *, verb: str | None = None) -> list[Tensor]:
         """Return the tensors of one kind in the order in which they crossed, of one verb's exchanges or of all."""
-        if kind not in self.threat.sees:
-            raise LookupError(
-                f"this attack reads tensors of kind {kind}; "
-                f"grant them with Threat(sees=frozenset({{Kind.{kind.name}, …}}))"
-            )
+        self._check_seen(kind)
         found = []
         for exchange in self.exchanges:
             if verb is not None and exchange.request.verb != verb:
                 continue
             for message in (exchange.request, exchange.reply):
-                found += [tensor for key, tensor in message.tensors.items() if Kind.of(key) is kind]
+                found += _of_kind(message, kind)
         return found
 
     def activations(self, *, verb: str = "predict") -> Tensor:
         """Return the activations that crossed in one verb's requests, as one batch."""
-        found = self.tensors(Kind.ACTIVATION, verb=verb)
+        self._check_seen(Kind.ACTIVATION)
+        requests = [exchange.request for exchange in self.exchanges if exchange.request.verb == verb]
+        found = [tensor for request in requests for tensor in _of_kind(request, Kind.ACTIVATION)]
         if not found:
             raise LookupError(
                 f"this attack reads activations of {verb!r} requests, and none crossed; record the wire while they do"
@@ -139,11 +152,20 @@ class View:
             )
         return _handed(self._granted.auxiliary_y, "auxiliary_y")
 
+    def _check_seen(self, kind: Kind) -> None:
+        if kind not in self.threat.sees:
+            raise LookupError(
+                f"this attack reads tensors of kind {kind}; "
+                f"grant them with Threat(sees=frozenset({{Kind.{kind.name}, …}}))"
+            )
+
 
 def observe(*recorded: Recorded, threat: Threat, grants: Grants | None = None) -> View:
     """Return the view of one adversary: the wires that it reads, filtered by its threat, and what it is granted."""
     if not recorded:
         raise LookupError("expected a recorded wire, got none: no wire, no view; put the party behind wire(party)")
+    if other := [type(one).__name__ for one in recorded if not isinstance(one, Recorded)]:
+        raise LookupError(f"expected recorded wires, got {', '.join(other)}; pass wire(party).record")
     if dropped := sum(one.dropped for one in recorded):
         raise LookupError(
             f"expected the whole transcript, {dropped} exchanges were dropped; raise Recorded(max_nbytes=…)"
@@ -163,6 +185,11 @@ def _filtered(exchange: Exchange, kinds: frozenset[Kind]) -> Exchange:
         return replace(message, tensors={k: t for k, t in message.tensors.items() if Kind.of(k) in kinds})
 
     return Exchange(kept(exchange.request), kept(exchange.reply))
+
+
+def _of_kind(message: Message, kind: Kind) -> list[Tensor]:
+    # Clones: what one attack does to them must not reach the next one.
+    return [tensor.clone() for key, tensor in message.tensors.items() if Kind.of(key) is kind]
 
 
 def _handed(thing: T | None, name: str) -> T:

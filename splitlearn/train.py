@@ -40,7 +40,7 @@ class Batches:
             raise ValueError(
                 f"expected as many labels as samples and at least one, got {len(x)} samples, {len(y)} labels"
             )
-        if not batch_size >= 1:
+        if batch_size < 1:
             raise ValueError(f"expected a batch size of 1 or more, got {batch_size}")
         if drop_last and batch_size > len(x):
             raise ValueError(f"expected a batch size of at most {len(x)} samples with drop_last, got {batch_size}")
@@ -103,9 +103,9 @@ def fit(
     """Run ``epoch`` (an epoch or a round; returns its mean loss) ``epochs`` times and return what happened.
 
     ``state`` names all that training changes: parties, members, batches. With ``checkpoint`` it is saved after
-    every epoch, and a file that is there is resumed from, to the bit-same result. ``validate`` returns a score
-    (greater is better); after ``patience`` epochs without a better one training stops, and the best state is
-    put back.
+    every epoch, and a file that is there is resumed from, to the bit-same result; a finished run is not run again.
+    ``validate`` returns a score (greater is better); with ``patience`` training stops after as many epochs without
+    a better one, and at the end the best state is put back.
     """
     holders = dict(state or {})
     if patience is not None and (validate is None or not holders or patience < 1):
@@ -114,12 +114,16 @@ def fit(
         raise ValueError("a checkpoint needs state={name: party or batches, …}: all that training changes")
     history, best, done = History(), None, 0
     if checkpoint is not None and checkpoint.exists():
-        history, best, done = _resumed(checkpoint, holders)
+        history, best, done = _resumed(checkpoint, holders, epochs=epochs, keeps_best=patience is not None)
     while done < epochs and not history.stopped_early:
         history.losses.append(epoch())
         done += 1
         if validate is not None:
             score = validate()
+            if score != score:
+                raise ValueError(
+                    f"expected validate() to return a score, got nan after epoch {done}; look at its inputs"
+                )
             if history.best_epoch is None or score > max(history.scores):
                 history.best_epoch = done
                 best = _states(holders) if patience is not None else None
@@ -168,13 +172,26 @@ def _snapshot(value: Any) -> Any:
     return value
 
 
-def _resumed(checkpoint: Path, holders: Mapping[str, Stateful]) -> tuple[History, Any, int]:
+def _resumed(
+    checkpoint: Path, holders: Mapping[str, Stateful], *, epochs: int, keeps_best: bool
+) -> tuple[History, Any, int]:
     saved = load_checkpoint(checkpoint)
+    if not isinstance(saved, dict) or set(saved) != {"done", "history", "best", "state"}:
+        raise ValueError(f"{checkpoint} is a checkpoint, but not of a training; give another path")
     if set(saved["state"]) != set(holders):
         raise ValueError(
             f"{checkpoint} holds the state of {', '.join(saved['state'])}, expected {', '.join(holders)}; "
             "resume with the same parties, or give another path"
         )
+    history, done = History(**saved["history"]), saved["done"]
+    if done > epochs:
+        raise ValueError(f"{checkpoint} holds {done} epochs, expected at most {epochs}; ask for more, or start again")
+    kept_best = saved["best"] is not None
+    if history.scores and kept_best != keeps_best:
+        raise ValueError(
+            f"{checkpoint} was written {'without' if keeps_best else 'with'} patience, expected it "
+            f"{'with' if keeps_best else 'without'}; resume with the same settings, or give another path"
+        )
     for name, holder in holders.items():
         holder.load_state_dict(saved["state"][name])
-    return History(**saved["history"]), saved["best"], saved["done"]
+    return history, saved["best"], done

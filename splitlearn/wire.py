@@ -65,6 +65,8 @@ class Service:
             raise ValueError(f"expected a session among {', '.join(self.sessions)}; got {message.session!r}")
         if message.verb not in ANSWERS:
             raise ValueError(f"expected a verb among {', '.join(ANSWERS)}; got {message.verb!r}")
+        if not hasattr(party, "round" if message.verb == "update" else message.verb):
+            raise ValueError(f"{message.session} is a {type(party).__name__}, which does not answer {message.verb!r}")
         with self._turns.setdefault(message.session, threading.Lock()):  # a repeat waits for the first to be done
             last = self._last.get(message.session)
             if last is not None and message.step == last.request.step:
@@ -189,7 +191,7 @@ class Emulated:
         bandwidth: float,
         sleep: Callable[[float], None] | None = time.sleep,
     ):
-        if latency < 0 or bandwidth <= 0:
+        if not (latency >= 0 and bandwidth > 0):
             raise ValueError(f"expected latency ≥ 0 s and bandwidth > 0 bit/s, got {latency} and {bandwidth}")
         self.seconds = 0.0
         self._carrier, self._latency, self._bandwidth, self._sleep = carrier, latency, bandwidth, sleep

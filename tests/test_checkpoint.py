@@ -122,6 +122,14 @@ def test_a_flipped_byte_of_a_tensor_is_named_as_damage(small):
         load_checkpoint(small)
 
 
+def test_a_changed_shape_is_damage_too(small):
+    whole = small.read_bytes()
+    assert whole.count(b'"shape":[3,2]') == 1
+    small.write_bytes(whole.replace(b'"shape":[3,2]', b'"shape":[2,3]'))
+    with pytest.raises(ValueError, match="is damaged: expected checksum"):
+        load_checkpoint(small)
+
+
 def test_no_file_and_a_strange_file_are_told_apart(tmp_path):
     with pytest.raises(LookupError, match=r"expected a checkpoint at .*, found none"):
         load_checkpoint(tmp_path / "none")

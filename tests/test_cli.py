@@ -141,7 +141,9 @@ def test_help_shows_every_option_with_its_default(tiny):
 
 
 def test_options_become_the_configuration(tiny):
-    given = "--stds 0.5,0.75 --cuts relu1,relu2 --widths 8,16 --epochs 2 --lr 0.5 --note a,b --order parallel --no-shuffle"
+    given = (
+        "--stds 0.5,0.75 --cuts relu1,relu2 --widths 8,16 --epochs 2 --lr 0.5 --note a,b --order parallel --no-shuffle"
+    )
     common = "--seeds 0-2,7 --data digits --data-dir here --device cpu --out there --jobs 1 --quiet"
     result = call("run", "tiny", *given.split(), *common.split())
     assert result.exit_code == 0, result.output
@@ -222,10 +224,10 @@ def test_data_fetches_from_a_mirror_and_says_what_is_there(tiny, monkeypatch):
         (["rnu"], "error: no command is named 'rnu': did you mean run?"),
         (["--zzz"], "error: No such option: --zzz; see splitlearn --help"),
         (["run"], "error: expected the name of an experiment: tiny; splitlearn run --help says more"),
-        (["run", "tni"], "error: no experiment is named 'tni': did you mean tiny?"),
+        (["run", "tinny"], "error: no experiment is named 'tinny': did you mean tiny?"),
         (["bench", "zzz"], "error: no bench is named 'zzz': expected one of speed"),
         (["data", "minst"], "error: no data set is named 'minst': did you mean mnist?"),
-        (["list", "atacks"], "error: no kind is named 'atacks': did you mean attacks?"),
+        (["list", "benchs"], "error: no kind is named 'benchs': did you mean benches?"),
         (["run", "tiny", "--epochs", "0"], "error: expected at least one epoch, got 0; raise --epochs"),
         (["run", "tiny", "--epochs", "x"], "see splitlearn run tiny --help"),
         (["run", "tiny", "--order", "x"], "'turns', 'parallel'"),

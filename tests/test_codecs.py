@@ -244,6 +244,7 @@ FORGED: dict[str, tuple[Codec, Tensor, dict[str, Tensor]]] = {
     "topk huge": (TopK(1e-9), HUGE, {"values": TINY, "places": torch.zeros(4, 3, dtype=torch.int32)}),
     "zstd huge": (Zstd(), HUGE, squeezed(bytes(12), 1, 4, 3)),
     "zstd bomb": (Zstd(), TINY, bomb()),
+    "zstd bomb in disguise": (Zstd(), TINY, {**bomb(), "tensor.as": torch.tensor([1, 4, 3])}),
     "zstd bomb within": (Zstd(Int8()), TINY, {f"levels{name[6:]}": part for name, part in bomb().items()}),
     "zstd promises too little": (Zstd(), TINY, squeezed(bytes(47), 1, 4, 3)),
     "zstd promises nothing": (Zstd(), TINY, squeezed(bytes(48), 1, 4, 3, write_content_size=False)),

@@ -6,7 +6,7 @@ min over g of ‖g(f(x)) − x‖² on auxiliary x. Deviations, each of which ma
 - the auxiliary activations are asked for anew in every epoch, so that a guard's noise is never the same twice;
 - it starts as the mean image, and keeps the epoch with the least error on auxiliary samples held out;
 - the learning rate follows one cycle (Smith & Topin 2018, arXiv:1708.07120) in place of halving every 20 epochs;
-- activations are standardised by the auxiliary ones.
+- activations and inputs are standardised by the auxiliary ones.
 """
 
 import copy
@@ -75,7 +75,7 @@ class Decoder:
         errors, best = [_error(decode, view, held_out)], copy.deepcopy(decode.state_dict())
         for _ in range(self.epochs):
             for rows in torch.randperm(len(x)).to(x.device).split(self.batch_size):
-                loss = mse_loss(decode.unbounded(view.query(x[rows])), x[rows])
+                loss = mse_loss(decode.unbounded(view.query(x[rows])), x[rows]) / decode.spread**2
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -93,7 +93,7 @@ def decoder_family(input_shape: tuple[int, ...], *, seed: int = 0) -> dict[str, 
     Which size does best depends on the protection: noise favours few parameters, a deep cut many.
     """
     family = {
-        "decoder-affine": Decoder(Dense(depth=0), epochs=40, lr=1e-3, seed=seed),
+        "decoder-affine": Decoder(Dense(depth=0), epochs=40, lr=2e-3, seed=seed),
         "decoder-dense": Decoder(Dense(256, 1), epochs=30, lr=2e-3, seed=seed),
     }
     if len(input_shape) > 1:
@@ -102,18 +102,19 @@ def decoder_family(input_shape: tuple[int, ...], *, seed: int = 0) -> dict[str, 
 
 
 class _Decode(nn.Module):
-    """From an activation to an input: standardise, the network, plus the mean input."""
+    """From an activation to an input: standardise, the network, rescale, add the mean input."""
 
     def __init__(self, network: Network, z: Tensor, x: Tensor, bounds: Bounds | None):
         super().__init__()
         over = [0, *range(2, z.ndim)]  # one scale a channel, or a column where there are no places
         self.center, self.scale, self.mean = z.mean(over, keepdim=True), z.std(over, keepdim=True), x.mean(0)
         self.scale = self.scale + 1e-3 * z.std() + torch.finfo(z.dtype).tiny  # a dead channel stays near 0
+        self.spread = (x - self.mean).std() + torch.finfo(x.dtype).tiny  # one for all entries, as in the error
         self.network = network.build(tuple(z.shape[1:]), tuple(x.shape[1:])).to(z.dtype)
         self.bounds = bounds
 
     def unbounded(self, z: Tensor) -> Tensor:
-        return self.mean + self.network((z - self.center) / self.scale)
+        return self.mean + self.spread * self.network((z - self.center) / self.scale)
 
     def forward(self, z: Tensor) -> Tensor:
         return bounded(self.unbounded(z), self.bounds)

@@ -1,0 +1,122 @@
+"""Members of a federation: what takes part in a round, in this process or across a wire."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from splitlearn.frames import Kind, Message
+from splitlearn.party import Learner, Party
+from splitlearn.protocols import vanilla
+from splitlearn.wire import Transport, keyed, named
+
+__all__ = ["FedMember", "Member", "RemoteMember", "Weights", "batch_norm_entries"]
+
+Weights = dict[str, Tensor]
+
+
+class FedMember(Protocol):
+    """What takes part in a round. One that cannot be reached raises ``ConnectionError`` and is left out."""
+
+    name: str
+
+    def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
+        """Train from ``weights`` on own data; return the new weights and the number of samples behind them."""
+
+
+class Member:
+    """A member that trains a Learner: the bottom against ``server``, or the whole model where that is None.
+
+    ``batches`` yields (x, y) anew on every round. Entries named in ``local`` stay with the member: they are neither
+    taken from the fed server nor sent to it. Batch norm's, for example (FedBN, Li et al. 2021, arXiv:2102.07623);
+    see ``batch_norm_entries``. The optimizer's state is the member's own and outlives the round.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        server: Party | None,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        *,
+        local: Collection[str] = (),
+    ):
+        if isinstance(batches, Iterator):
+            raise ValueError(
+                f"{learner.name}: expected batches that can be gone through every round, got an iterator; "
+                "pass a list or Batches(x, y, …)"
+            )
+        if unknown := sorted(set(local) - set(learner.stage.state_dict())):
+            raise ValueError(
+                f"{learner.name}: expected local entries of its own stage, got {', '.join(unknown)}; "
+                f"it has {', '.join(learner.stage.state_dict())}"
+            )
+        self.name = learner.name
+        self.learner, self.server, self.batches, self.local = learner, server, batches, frozenset(local)
+        self.loss = float("nan")  # mean over the samples of the last round
+
+    def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
+        """Train from ``weights`` over all batches; return the new weights, less the local, and the sample count."""
+        own = self.learner.weights()
+        self.learner.load_weights({**weights, **{name: own[name] for name in self.local}})
+        count, total = 0, 0.0
+        try:
+            for x, y in self.batches:
+                if self.server is None:
+                    loss, _ = self.learner.learn(x, self.learner.label(y))
+                else:
+                    loss = vanilla(self.learner, self.server, x, y)
+                count, total = count + len(x), total + loss.item() * len(x)
+        except BaseException:
+            self.learner.abandon()  # a lost server, or Ctrl-C: the next round starts clean
+            raise
+        self.loss = total / count if count else float("nan")
+        return {name: w for name, w in self.learner.weights().items() if name not in self.local}, count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the learner's state, and that of the batches where they have one."""
+        batches = self.batches.state_dict() if hasattr(self.batches, "state_dict") else {}
+        return {"learner": self.learner.state_dict(), "batches": batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        self.learner.load_state_dict(state["learner"])
+        if hasattr(self.batches, "load_state_dict"):
+            self.batches.load_state_dict(state["batches"])
+
+
+class RemoteMember:
+    """A member on the other end of a transport.
+
+    With ``updates`` it answers with the difference to the weights that it was given, which a codec may pack;
+    without, with the weights themselves, bit for bit. Raises ``ValueError`` for an answer that does not fit.
+    """
+
+    def __init__(self, name: str, transport: Transport, session: str, *, updates: bool = False):
+        self.name = name
+        self._transport, self._session, self._updates, self._steps = transport, session, updates, 0
+
+    def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
+        """Have the member train from ``weights``; return its new weights and its number of samples."""
+        verb, kind = ("update", Kind.UPDATE) if self._updates else ("round", Kind.WEIGHTS)
+        message = Message(verb, keyed(weights, Kind.WEIGHTS), self._session, self._steps + 1)
+        reply = self._transport.request(message).tensors
+        self._steps += 1
+        answer, count = named(reply, kind), reply.get(Kind.COUNT)
+        if count is None or count.numel() != 1 or count.is_floating_point() or int(count) < 0:
+            raise ValueError(f"{self.name}: expected a count of samples in its answer, got {count}")
+        for name, tensor in answer.items():
+            if name not in weights or tensor.shape != weights[name].shape:
+                raise ValueError(
+                    f"{self.name}: expected entries of the weights that it was given, got {name!r} of shape "
+                    f"{tuple(tensor.shape)}; train one model in all members"
+                )
+        if self._updates:
+            answer = {name: weights[name] + change for name, change in answer.items()}
+        return answer, int(count)
+
+
+def batch_norm_entries(stage: nn.Module) -> frozenset[str]:
+    """Return the names of all entries of batch-norm layers, for ``Member(local=…)``."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    layers = [(name, layer) for name, layer in stage.named_modules() if isinstance(layer, kinds)]
+    return frozenset(f"{name}.{entry}" if name else entry for name, layer in layers for entry in layer.state_dict())
