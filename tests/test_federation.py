@@ -38,7 +38,11 @@ Batch = tuple[Tensor, Tensor]
 def data(number: int, sizes: Sequence[int] = (4, 6)) -> list[Batch]:
     generator = torch.Generator().manual_seed(number)
     return [
-        (torch.rand(size, 3, generator=generator, dtype=torch.float64), torch.randint(0, 2, (size,))) for size in sizes
+        (
+            torch.rand(size, 3, generator=generator, dtype=torch.float64),
+            torch.randint(0, 2, (size,), generator=generator),
+        )
+        for size in sizes
     ]
 
 
@@ -99,7 +103,7 @@ def test_mean_weighs_by_samples_and_leaves_integers_alone() -> None:
     assert mean([a, b], [0, 2])["w"].tolist() == [5.0, 6.0]
 
 
-def test_mean_of_one_is_itself_and_n_over_N_times_w_to_the_bit() -> None:
+def test_mean_of_one_is_itself_and_n_over_total_times_w_to_the_bit() -> None:
     w = torch.tensor([0.1, -0.0, 1e-320, 3e38], dtype=torch.float64)
     assert mean([{"w": w}], [7])["w"].view(torch.int64).tolist() == w.view(torch.int64).tolist()
     v = torch.rand(4, dtype=torch.float64)

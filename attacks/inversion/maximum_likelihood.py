@@ -38,7 +38,8 @@ class MaximumLikelihood:
     With auxiliary samples it starts from their mean and chooses among ``tv_weights`` and ``gaussian_weights``.
     Without any it starts from the middle of ``bounds``, weighs TV by ``tv_weight``, and must be told the
     ``input_shape`` of one sample. Weights are in units of the mean square of the activations seen; a Gaussian
-    weight is then the share of it that is taken for noise. ``bounds`` None leaves inputs unbounded.
+    weight is then the share of it that is taken for noise. ``lr`` is in the inputs' own unit; ``bounds`` None leaves
+    these unbounded.
     """
 
     iterations: int = 300
