@@ -16,7 +16,9 @@ from splitlearn.frames import Message, encode
 from splitlearn.models import digits_cnn, resnet18
 from splitlearn.party import Learner
 from splitlearn.protocols import vanilla
-from splitlearn.wire import Framed, Remote, Service, serve
+from splitlearn.remote import Remote
+from splitlearn.service import Service
+from splitlearn.wire import Framed, serve
 
 __all__ = ["split_overhead"]
 

@@ -1,5 +1,6 @@
 """All that the command line can be asked for, by name."""
 
+from experiments.bench_import import import_time
 from experiments.bench_split import split_overhead
 from experiments.experiment import Experiment
 from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
@@ -13,4 +14,5 @@ EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (TRADEOFF, PARITY
 
 BENCHES: dict[str, Bench] = {
     "split-overhead": Bench("what splitting costs in time and bytes, against the same step unsplit", split_overhead),
+    "import": Bench("what `import splitlearn` takes beyond `import torch`", import_time),
 }

@@ -32,17 +32,17 @@ PROTECTIONS: dict[str, Protection] = {
     "noise": Protection(
         "activations clipped to an L2 norm, with Gaussian noise",
         "noise multiplier (std ÷ sensitivity)",
-        ("0.01", "0.03", "0.1"),
+        ("0.005", "0.02", "0.05"),
         lambda strength: Shield(ClippedGaussian(clip=10.0, noise_multiplier=number(strength, "a noise multiplier"))),
     ),
     "nopeek": Protection(
         "NoPeek: distance correlation between inputs and activations as a penalty",
         "weight of the penalty",
-        ("0.5", "2", "8"),
+        ("1", "3", "6"),
         lambda strength: Shield(NoPeek(weight=number(strength, "a weight"))),
     ),
     "compression": Protection(
-        "int8 or top-k on the wire: is it a defense?", "int8, or fraction kept", ("int8", "0.1", "0.03"), compressed
+        "int8 or top-k on the wire: is it a defense?", "int8, or fraction kept", ("int8", "0.1", "0.02"), compressed
     ),
 }
 

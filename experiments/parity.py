@@ -104,7 +104,7 @@ def _difference(model: nn.Module, other: nn.Module) -> float | None:
     mine, theirs = list(model.parameters()), list(other.parameters())
     if [p.shape for p in mine] != [p.shape for p in theirs]:
         return None
-    return max(float((a - b).abs().max()) for a, b in zip(mine, theirs, strict=True))
+    return max((a - b).detach().abs().max().item() for a, b in zip(mine, theirs, strict=True))
 
 
 PARITY = Experiment(

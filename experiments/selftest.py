@@ -9,8 +9,8 @@ from splitlearn.data import load, split
 from splitlearn.models import digits_cnn
 from splitlearn.party import Learner
 from splitlearn.protocols import vanilla
+from splitlearn.remote import wire
 from splitlearn.train import Batches, epochs_of, fit
-from splitlearn.wire import wire
 
 __all__ = ["split_equals_unsplit"]
 

@@ -30,9 +30,11 @@ from splitlearn.federation import (
 )
 from splitlearn.party import Features, Learner
 from splitlearn.protocols import Join, u_shaped, vertical
+from splitlearn.remote import Remote, Wire, wire
+from splitlearn.service import Service
 from splitlearn.threat import Encoder
 from splitlearn.train import Batches, Predictor, epochs_of, fit
-from splitlearn.wire import Framed, Metered, Remote, Service, Wire, serve, wire
+from splitlearn.wire import Framed, Metered, serve
 
 __all__ = [
     "train_fedavg",
@@ -84,7 +86,8 @@ def train_u_shaped(training: Training, splits: Splits, shield: Shield) -> Traine
     step = partial(u_shaped, client, line.party, top)
     losses = fit(epochs_of(step, batches), epochs=training.epochs).losses
     visible = {"server": UNLABELLED, "client": ["everything but the server's weights"]}
-    encoder = Encoder(bottom, client.guard, shield.codec)
+    encoder = Encoder(client.stage, client.guard, shield.codec)
+    model = nn.Sequential(client.stage, middle, head)
     chain: list[Predictor] = [client, line.party, top]
     return Trained(chain, model, losses, _counted([line.meter]), visible, splits.private.x, encoder, line.record)
 

@@ -88,10 +88,8 @@ def tasks(config: Config, options: Options) -> list[Task]:
     for name in config.protocols:
         find("protocol", name, PROTOCOLS)
     protections = [pair for spec in config.protections for pair in _strengths(spec)]
-    if config.targets < 1 or config.epochs < 1 or config.clients < 1:
-        raise ValueError(
-            f"expected at least one target, epoch and client, got {config.targets}, {config.epochs}, {config.clients}"
-        )
+    if config.targets < 1:
+        raise ValueError(f"expected at least one target, got {config.targets}")
     device = device_of(options.device)
     splits = load_splits(options.data, options.data_dir)  # absent or damaged data ends here, before any work
     base = Training(

@@ -35,6 +35,15 @@ class Training:
     device: str = "cpu"
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adam", "sgd"):
+            raise LookupError(f"no optimizer is named {self.optimizer!r}: expected adam or sgd")
+        if min(self.epochs, self.batch_size, self.clients) < 1 or not self.lr > 0:
+            raise ValueError(
+                "expected at least one epoch, one sample a batch and one client, and lr > 0; got "
+                f"{self.epochs}, {self.batch_size}, {self.clients} and {self.lr}"
+            )
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -104,6 +113,4 @@ def optimizer_for(stage: nn.Module, training: Training) -> torch.optim.Optimizer
         return None
     if training.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=training.lr)
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=training.lr, momentum=0.9)
-    raise LookupError(f"no optimizer is named {training.optimizer!r}: expected adam or sgd")
+    return torch.optim.SGD(parameters, lr=training.lr, momentum=0.9)

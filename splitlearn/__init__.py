@@ -18,9 +18,11 @@ from splitlearn.federation import (
 from splitlearn.frames import Kind, Message, decode, encode
 from splitlearn.party import Features, Guard, Guards, Learner, Party
 from splitlearn.protocols import concatenated, parallel, summed, u_shaped, vanilla, vertical
+from splitlearn.remote import Remote, wire
+from splitlearn.service import Service
 from splitlearn.threat import Encoder, Grants, Threat, View, observe
 from splitlearn.train import Batches, epochs_of, evaluate, fit, predict
-from splitlearn.wire import Emulated, Framed, Metered, Recorded, Remote, Service, Transport, serve, wire
+from splitlearn.wire import Emulated, Framed, Metered, Recorded, Transport, serve
 
 __version__ = "0.1.0"
 

@@ -5,10 +5,12 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from splitlearn.frames import Kind, Message
+from splitlearn.frames import Kind
 from splitlearn.party import Learner, Party
 from splitlearn.protocols import vanilla
-from splitlearn.wire import Transport, keyed, named
+from splitlearn.remote import Caller
+from splitlearn.service import keyed, named
+from splitlearn.wire import Transport
 
 __all__ = ["FedMember", "Member", "RemoteMember", "Weights", "batch_norm_entries"]
 
@@ -93,26 +95,22 @@ class RemoteMember:
 
     def __init__(self, name: str, transport: Transport, session: str, *, updates: bool = False):
         self.name = name
-        self._transport, self._session, self._updates, self._steps = transport, session, updates, 0
+        self._ask, self._updates = Caller(name, transport, session), updates
 
     def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
         """Have the member train from ``weights``; return its new weights and its number of samples."""
-        verb, kind = ("update", Kind.UPDATE) if self._updates else ("round", Kind.WEIGHTS)
-        message = Message(verb, keyed(weights, Kind.WEIGHTS), self._session, self._steps + 1)
-        reply = self._transport.request(message).tensors
-        self._steps += 1
-        answer, count = named(reply, kind), reply.get(Kind.COUNT)
+        reply = self._ask("update" if self._updates else "round", keyed(weights, Kind.WEIGHTS))
+        whole, changes = named(reply, Kind.WEIGHTS), named(reply, Kind.UPDATE)
+        count = reply.get(Kind.COUNT)
         if count is None or count.numel() != 1 or count.is_floating_point() or int(count) < 0:
             raise ValueError(f"{self.name}: expected a count of samples in its answer, got {count}")
-        for name, tensor in answer.items():
+        for name, tensor in [*whole.items(), *changes.items()]:
             if name not in weights or tensor.shape != weights[name].shape:
                 raise ValueError(
                     f"{self.name}: expected entries of the weights that it was given, got {name!r} of shape "
                     f"{tuple(tensor.shape)}; train one model in all members"
                 )
-        if self._updates:
-            answer = {name: weights[name] + change for name, change in answer.items()}
-        return answer, int(count)
+        return {**whole, **{name: weights[name] + change for name, change in changes.items()}}, int(count)
 
 
 def batch_norm_entries(stage: nn.Module) -> frozenset[str]:

@@ -82,7 +82,6 @@ class Learner:
     def forward(self, x: Tensor) -> Tensor:
         """Return the guarded activation as a fresh leaf that asks for a gradient; ``backward`` must follow."""
         self._turn.take(self)
-        self._pending = None
         try:
             x = self._leaf(x)
             with self._rng.own(x.device):
@@ -133,7 +132,6 @@ class Learner:
     def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the mean loss and, if ``z`` asks for it, its guarded gradient, after one optimizer step."""
         self._turn.take(self)
-        self._pending = None
         try:
             z = self._leaf(z)
             y = y.to(z.device)

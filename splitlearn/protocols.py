@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from splitlearn.party import Party
-from splitlearn.wire import Remote
+from splitlearn.remote import Remote
 
 __all__ = ["Join", "concatenated", "parallel", "summed", "u_shaped", "vanilla", "vertical"]
 

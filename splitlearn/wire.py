@@ -1,4 +1,4 @@
-"""The wire: transports carry messages, carriers carry frames, and a party is seen through them.
+"""The wire: transports carry messages, carriers carry frames.
 
     client ── Remote ── Framed ── Metered ── serve ── Recorded ── Service ── Learner
 
@@ -6,23 +6,17 @@ A view is recorded on the observer's own side, here right of ``serve``, after ev
 what crossed and nothing else.
 """
 
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from splitlearn.frames import Codec, Kind, Message, decode, encode, frame_nbytes
-from splitlearn.party import Party
 
-__all__ = [
-    "Carrier", "Emulated", "Exchange", "Framed", "Metered", "Recorded", "Remote", "Service", "Transport", "Wire",
-    "serve", "wire",
-]  # fmt: skip
+__all__ = ["Carrier", "Emulated", "Exchange", "Framed", "Metered", "Recorded", "Transport", "serve"]
 
 Carrier = Callable[[bytes], bytes]  # takes a request's frame, returns the reply's
 
@@ -40,45 +34,6 @@ class Exchange:
 
     request: Message
     reply: Message
-
-
-class Service:
-    """Answers for parties and members, one a session. A repeated step gets the reply it got before.
-
-    Each session counts its steps up by one, from wherever its first request starts. A step that was refused does
-    not count. Sessions may be asked from several threads at once; the requests of one session wait in turn.
-    """
-
-    def __init__(self, sessions: Mapping[str, Any]):
-        self.sessions = dict(sessions)
-        self._last: dict[str, Exchange] = {}
-        self._turns: dict[str, threading.Lock] = {}
-
-    def request(self, message: Message) -> Message:
-        """Do what the message asks of its session's party and return the reply.
-
-        Raises ``ValueError`` for an unknown session or verb, a step out of order, and a step repeated with another
-        verb or other tensors.
-        """
-        party = self.sessions.get(message.session)
-        if party is None:
-            raise ValueError(f"expected a session among {', '.join(self.sessions)}; got {message.session!r}")
-        if message.verb not in ANSWERS:
-            raise ValueError(f"expected a verb among {', '.join(ANSWERS)}; got {message.verb!r}")
-        if not hasattr(party, "round" if message.verb == "update" else message.verb):
-            raise ValueError(f"{message.session} is a {type(party).__name__}, which does not answer {message.verb!r}")
-        with self._turns.setdefault(message.session, threading.Lock()):  # a repeat waits for the first to be done
-            last = self._last.get(message.session)
-            if last is not None and message.step == last.request.step:
-                return _repeated(last, message)
-            if last is not None and message.step != last.request.step + 1:
-                raise ValueError(
-                    f"expected step {last.request.step + 1} of {message.session}, got {message.step}; steps count up "
-                    "by one"
-                )
-            reply = replace(message, tensors=ANSWERS[message.verb](party, message.tensors))
-            self._last[message.session] = Exchange(message, reply)
-            return reply
 
 
 class Recorded:
@@ -208,172 +163,6 @@ class Emulated:
         self.seconds += delay
         if self._sleep is not None:
             self._sleep(delay)
-
-
-class Remote:
-    """A party on the other end of a transport. Protocols cannot tell it from one in this process."""
-
-    def __init__(self, name: str, transport: Transport, session: str):
-        self.name = name
-        self._transport, self._session, self._steps = transport, session, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the remote stage's activation as a fresh leaf that asks for a gradient."""
-        z = _need(self._ask("forward", {_input_kind(x): x}), Kind.ACTIVATION)
-        return z.to(x.device).detach().requires_grad_()
-
-    def backward(self, g: Tensor) -> Tensor | None:
-        """Return the gradient of the remote stage's input, if that asked for one."""
-        reply = self._ask("backward", {Kind.GRADIENT: g})
-        return _on(g.device, reply.get(Kind.GRADIENT))
-
-    def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the mean loss and, if ``z`` asks for it, its gradient."""
-        reply = self._ask("learn", {_input_kind(z): z, Kind.LABEL: y})
-        return _need(reply, Kind.LOSS).to(z.device), _on(z.device, reply.get(Kind.GRADIENT))
-
-    def label(self, y: Tensor) -> Tensor:
-        """Labels are a local matter; raises ``ValueError``."""
-        raise ValueError(
-            f"{self.name}: expected labels from a party in this process, got a remote one; ask the local party"
-        )
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Return the remote stage's output in evaluation mode."""
-        kind = Kind.ACTIVATION if x.is_floating_point() else Kind.INPUT
-        return _need(self._ask("predict", {kind: x}), Kind.PREDICTION).to(x.device)
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return the remote stage's parameters and buffers."""
-        return named(self._ask("weights", {}), Kind.WEIGHTS)
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Have the remote stage take over parameters and buffers."""
-        self._ask("load_weights", keyed(weights, Kind.WEIGHTS))
-
-    def _ask(self, verb: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        request = Message(verb, tensors, self._session, self._steps + 1)
-        reply = self._transport.request(request)
-        if (reply.verb, reply.session, reply.step) != (verb, self._session, request.step):
-            raise ValueError(
-                f"{self.name}: expected the reply to {verb!r}, step {request.step}; got one to {reply.verb!r}, "
-                f"step {reply.step}; give each session a transport of its own"
-            )
-        self._steps += 1  # a request that failed may be sent again
-        return reply.tensors
-
-
-@dataclass(frozen=True)
-class Wire:
-    """A party across a wire in this process: what the other side calls, what it cost, and what the party saw."""
-
-    party: Remote
-    meter: Metered
-    record: Recorded
-
-
-def wire(party: Party, codec: Codec | None = None, *, max_nbytes: int = 1 << 30) -> Wire:
-    """Put ``party`` behind real frames: metered, packed by ``codec``, and recorded on its own side."""
-    record = Recorded(Service({party.name: party}), max_nbytes=max_nbytes)
-    meter = Metered(serve(record, codec))
-    return Wire(Remote(party.name, Framed(meter, codec), party.name), meter, record)
-
-
-def keyed(tensors: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
-    """Return named tensors under a message's keys, ``kind/name``."""
-    return {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def named(tensors: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
-    """Return the tensors of one kind by their names."""
-    return {key[len(kind) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{kind}/")}
-
-
-def _answer_forward(party: Party, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {Kind.ACTIVATION: party.forward(_received(tensors))}
-
-
-def _answer_backward(party: Party, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    g = party.backward(_need(tensors, Kind.GRADIENT))
-    return {} if g is None else {Kind.GRADIENT: g}
-
-
-def _answer_learn(party: Party, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    loss, g = party.learn(_received(tensors), _need(tensors, Kind.LABEL))
-    return {Kind.LOSS: loss} if g is None else {Kind.LOSS: loss, Kind.GRADIENT: g}
-
-
-def _answer_predict(party: Party, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {Kind.PREDICTION: party.predict(_received(tensors).detach())}
-
-
-def _answer_weights(party: Party, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return keyed(party.weights(), Kind.WEIGHTS)
-
-
-def _answer_load_weights(party: Party, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    party.load_weights(named(tensors, Kind.WEIGHTS))
-    return {}
-
-
-def _answer_round(member: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    weights, count = member.round(named(tensors, Kind.WEIGHTS))
-    return {**keyed(weights, Kind.WEIGHTS), Kind.COUNT: torch.tensor(count)}
-
-
-def _answer_update(member: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    before = named(tensors, Kind.WEIGHTS)
-    weights, count = member.round(before)
-    if weights.keys() != before.keys():
-        raise ValueError(f"expected the weights {', '.join(weights)}; got {', '.join(before) or 'none'}")
-    return {
-        **keyed({name: w - before[name] for name, w in weights.items()}, Kind.UPDATE),
-        Kind.COUNT: torch.tensor(count),
-    }
-
-
-ANSWERS: dict[str, Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]]] = {
-    "forward": _answer_forward,
-    "backward": _answer_backward,
-    "learn": _answer_learn,
-    "predict": _answer_predict,
-    "weights": _answer_weights,
-    "load_weights": _answer_load_weights,
-    "round": _answer_round,
-    "update": _answer_update,
-}
-
-
-def _input_kind(x: Tensor) -> Kind:
-    return Kind.ACTIVATION if x.requires_grad else Kind.INPUT
-
-
-def _received(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the activation, asking for its gradient again, or the input that came."""
-    if Kind.ACTIVATION in tensors:
-        z = tensors[Kind.ACTIVATION].detach()
-        return z.requires_grad_() if z.is_floating_point() else z
-    return _need(tensors, Kind.INPUT)
-
-
-def _need(tensors: Mapping[str, Tensor], kind: Kind) -> Tensor:
-    if kind not in tensors:
-        raise ValueError(f"expected a message with {kind}, got {', '.join(tensors) or 'an empty one'}")
-    return tensors[kind]
-
-
-def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
-
-
-def _repeated(last: Exchange, message: Message) -> Message:
-    """Return the last reply again, if this is the last request again, to the bit."""
-    if encode(message) != encode(last.request):
-        raise ValueError(
-            f"step {message.step} of {message.session} was {last.request.verb!r}, got {message.verb!r} for it again "
-            "with other content; repeat a step as it was, or open a new session"
-        )
-    return last.reply
 
 
 def _copied(message: Message) -> Message:

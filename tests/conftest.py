@@ -1,4 +1,4 @@
-"""What every test shares: one torch thread a worker, a fixed seed, and the real data where it lies beside the project."""
+"""What every test shares: one torch thread a worker, a fixed seed, and real data where there is any."""
 
 import os
 from pathlib import Path

@@ -17,7 +17,7 @@ from splitlearn.codecs import ErrorFeedback, Float16, Int8, TopK, Zstd, through
 from splitlearn.frames import Codec, Kind, Message, decode, encode
 from splitlearn.party import Learner
 from splitlearn.protocols import vanilla
-from splitlearn.wire import wire
+from splitlearn.remote import wire
 
 CODECS: list[Codec] = [Int8(), Float16(), TopK(0.3), Zstd(), Zstd(Int8()), Zstd(TopK(0.3)), Zstd(Zstd(Float16()))]
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -69,7 +69,7 @@ def test_a_subset_out_of_range_is_refused(rows: list[int]) -> None:
         ({"kind": "image"}, r"as float32 \[N, C, H, W\], got torch.float32 of shape \(10, 3\)"),
         ({"x": torch.full((10, 3), torch.nan)}, "expected finite values"),
         ({"x": torch.full((10, 3), torch.inf)}, "expected finite values"),
-        ({"x": torch.zeros(10, 3, dtype=torch.float64)}, "got torch.float64"),
+        ({"x": torch.zeros(10, 3, dtype=torch.float16)}, "got torch.float16"),
         ({"kind": "tokens", "x": torch.full((10, 3), -1)}, "tokens of at least 0"),
         ({"kind": "image", "x": torch.full((10, 1, 2, 2), 1.5)}, r"expected values in \[0, 1\], got 1.5 to 1.5"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -411,7 +412,7 @@ def test_a_members_malformed_answer_is_one_line(answer: dict[str, Tensor], messa
     class Liar:
         def request(self, asked: Message) -> Message:
             kind = Kind.UPDATE if updates else Kind.WEIGHTS
-            return Message(asked.verb, {key.replace("KIND", kind): t for key, t in answer.items()})
+            return replace(asked, tensors={key.replace("KIND", kind): t for key, t in answer.items()})
 
     with pytest.raises(ValueError, match=message):
         RemoteMember("m", Liar(), "m", updates=updates).round({"w": torch.zeros(3)})

@@ -1,4 +1,4 @@
-"""Split training without protection is unsplit training: bit for bit where theory says so, by a stated relation elsewhere."""
+"""Split training without protection is unsplit training: to the bit where theory says so, else as it says."""
 
 import copy
 from collections.abc import Callable
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from splitlearn import (
-    Batches,
     Features,
     Framed,
     Learner,

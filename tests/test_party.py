@@ -390,6 +390,13 @@ def test_each_name_and_each_seed_has_its_own_stream() -> None:
     assert len({tuple(one.tolist()) for one in drawn}) == 4
 
 
+def test_a_stream_goes_on_from_step_to_step() -> None:
+    party = Learner("p", nn.Identity(), guard=Noise())
+    training = [party.forward(torch.zeros(8)).tolist() for _ in range(3)]
+    evaluation = [party.predict(torch.zeros(8)).tolist() for _ in range(3)]
+    assert len({tuple(one) for one in training + evaluation}) == 6
+
+
 def test_predict_moves_nothing_that_training_depends_on() -> None:
     model = mlp(dropout=0.5, norm=True)
     model[1].eval()  # frozen statistics

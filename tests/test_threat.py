@@ -34,7 +34,7 @@ from splitlearn import (
     wire,
 )
 from splitlearn.frames import Codec
-from splitlearn.wire import Wire
+from splitlearn.remote import Wire
 
 X, Y = torch.linspace(-1, 1, 24).reshape(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 AUXILIARY = torch.rand(3, 4)

@@ -1,0 +1,166 @@
+"""The experiments end to end at toy size: every name runs, and every trial can be run again by its command."""
+
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import parity, tradeoff
+from experiments.catalogue import ATTACKS, BENCHES, EXPERIMENTS, PROTECTIONS, PROTOCOLS
+from experiments.cli import main
+from experiments.experiment import Options
+from experiments.runner import run
+from experiments.store import Store
+from experiments.training import Training, load_splits
+
+TOY = tradeoff.Config(epochs=1, targets=4, attacks=("decoder",), protections=("none",))
+ONCE = Options(seeds=(0,))
+
+
+def test_every_protection_at_every_strength_becomes_a_task() -> None:
+    config = tradeoff.Config(protections=tuple(PROTECTIONS))
+    found = {(task.labels["protection"], task.labels["strength"]) for task in tradeoff.tasks(config, ONCE)}
+    assert found == {(name, strength) for name, one in PROTECTIONS.items() for strength in one.strengths}
+
+
+@pytest.mark.parametrize("protocol", list(PROTOCOLS))
+def test_every_protocol_trains_and_is_attacked(protocol: str) -> None:
+    clients = 1 if protocol in ("unsplit", "u_shaped") else 2
+    (task,) = tradeoff.tasks(replace(TOY, protocols=(protocol,), clients=clients), ONCE)
+    outcome = task.call()
+    assert 0 <= outcome.utility["accuracy"] <= 1
+    if protocol in ("unsplit", "fedavg"):
+        assert outcome.leakage == []
+        assert any("no activation crosses" in note for note in outcome.notes)
+    else:
+        (leak,) = outcome.leakage
+        assert leak.advantage > 0.3  # a bottom after one epoch hides little
+        assert leak.metrics["mse"] < leak.baselines["mse_mean_image"]
+        assert outcome.nbytes["up"]["activation"] == 800 * 32 * 8 * 8 * 4
+        assert outcome.nbytes["down"]["gradient"] >= 800 * 32 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("name", [name for name in PROTECTIONS if name != "none"])
+def test_the_strongest_of_each_protection_crosses_the_whole_path(name: str) -> None:
+    spec = f"{name}:{PROTECTIONS[name].strengths[-1]}"
+    (task,) = tradeoff.tasks(replace(TOY, protections=(spec,)), ONCE)
+    outcome = task.call()
+    assert outcome.leakage[0].details["best"]
+    assert outcome.visible["server"]
+    if name == "compression":
+        assert outcome.nbytes["up"]["activation"] < 0.1 * 800 * 32 * 8 * 8 * 4
+
+
+def test_tables_are_attacked_too() -> None:
+    config = replace(TOY, attacks=tuple(ATTACKS), protocols=("vanilla", "vertical"), clients=2)
+    for task in tradeoff.tasks(config, Options(data="breast_cancer", seeds=(0,))):
+        outcome = task.call()
+        assert [leak.attack for leak in outcome.leakage] == list(ATTACKS)
+        assert outcome.images == {}
+
+
+def test_parity_says_bit_for_bit() -> None:
+    config = parity.Config(protocols=("vanilla", "vertical"), epochs=1)
+    vanilla, vertical = (task.call() for task in parity.tasks(config, ONCE))
+    assert vanilla.utility["weights_difference"] == 0
+    assert vanilla.utility["accuracy"] == vanilla.utility["accuracy_unsplit"]
+    assert "weights_difference" not in vertical.utility
+
+
+def test_private_auxiliary_and_test_are_disjoint() -> None:
+    splits = load_splits("digits", None)
+    parts = [set(part.ids.tolist()) for part in (splits.private, splits.auxiliary, splits.test)]
+    assert [len(part) for part in parts] == [800, 600, 397]
+    assert len(set.union(*parts)) == 1797
+
+
+def all_tasks() -> list:
+    narrow = replace(
+        TOY, protocols=("vanilla", "splitfed_v2"), protections=("noise:0.3", "compression:int8"), clients=3
+    )
+    return [*tradeoff.tasks(narrow, ONCE), *parity.tasks(parity.Config(epochs=2, protocols=("fedavg",)), ONCE)]
+
+
+def test_trials_keep_their_hash_in_another_process() -> None:
+    code = "from tests.test_experiments import all_tasks; print(*[task.trial for task in all_tasks()])"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [task.trial for task in all_tasks()]
+
+
+def test_each_command_names_the_trial_that_it_reproduces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from experiments import runner
+
+    seen: list[str] = []
+    real = runner.run
+
+    def watched(tasks, store, **options):  # type: ignore[no-untyped-def]
+        seen.extend(task.trial for task in tasks)
+        raise KeyboardInterrupt("enough was seen")
+
+    monkeypatch.setattr(runner, "run", watched)
+    assert real is not watched
+    for task in all_tasks():
+        words = shlex.split(task.command)
+        assert words[0] == "splitlearn"
+        monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit):
+            main()
+        assert seen.pop() == task.trial
+        assert seen == []
+
+
+def test_two_seeds_in_two_processes_end_in_a_report(tmp_path: Path) -> None:
+    from experiments.report import build
+
+    config = replace(TOY, protections=("none", "compression:int8"))
+    store = Store(tmp_path)
+    summary = run(tradeoff.tasks(config, Options(seeds=(0, 1))), store, jobs=2, progress=False)
+    assert (summary.done, summary.skipped, summary.failed) == (4, 0, 0)
+    again = run(tradeoff.tasks(config, Options(seeds=(0, 1))), store, jobs=2, progress=False)
+    assert (again.done, again.skipped) == (0, 4)
+    page = build(tmp_path).read_text()
+    for name in ("results.csv", "tradeoff.png", "reconstructions.png"):
+        assert (tmp_path / name).stat().st_size > 500
+    assert "splitlearn run tradeoff" in page
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert rows[0] == "trial,seed,data,protocol,cut,protection,strength,attack,metric,value,baseline"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"protocols": ("vanila",)}, "did you mean vanilla"),
+        ({"attacks": ("decodr",)}, "did you mean decoder"),
+        ({"protections": ("noise:much",)}, "expected a noise multiplier"),
+        ({"protections": ("nopeek:-1",)}, "expected a finite weight"),
+        ({"protections": ("compression:2",)}, r"expected a fraction of entries in \(0, 1\]"),
+        ({"cuts": ("conv9",)}, "expected the name of a layer below the cut"),
+        ({"targets": 0}, "at least one target"),
+        ({"optimizer": "lamb"}, "no optimizer is named"),
+    ],
+)
+def test_bad_options_end_before_any_work(change: dict, message: str) -> None:
+    with pytest.raises((ValueError, LookupError), match=message):
+        tradeoff.tasks(replace(TOY, **change), ONCE)
+
+
+def test_the_catalogue_describes_itself_in_one_line_each() -> None:
+    for listing in (ATTACKS, BENCHES, EXPERIMENTS, PROTECTIONS, PROTOCOLS):
+        for name, entry in listing.items():
+            assert entry.summary, name
+            assert "\n" not in entry.summary
+
+
+def test_one_training_is_repeated_to_the_bit() -> None:
+    from experiments.parts import Shield
+    from experiments.setups import train_splitfed_v2
+
+    splits = load_splits("digits", None)
+    training = Training(protocol="splitfed_v2", epochs=1, clients=2)
+    first, second = (train_splitfed_v2(training, splits, Shield()).model.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
