@@ -1,0 +1,62 @@
+"""The README's examples run as they stand, and what the docs name is there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.catalogue import BENCHES, EXPERIMENTS
+from experiments.cli import main
+from splitlearn.data import DATASETS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_each_example_runs_as_it_stands(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(EXAMPLES[number])
+    done = subprocess.run([sys.executable, "-W", "error", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if "score_reconstruction" in EXAMPLES[number]:
+        assert len(EXAMPLES[number].splitlines()) < 40 + 5  # imports apart, an experiment is under 40 lines
+        assert len(re.findall(r"advantage 0\.\d\d MSE 0\.\d{4}", done.stdout)) == 3
+        assert (tmp_path / "model.pt").is_file()
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 2
+
+
+def test_commands_in_the_readme_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = re.findall(r"`(splitlearn [^`]*)`", README)
+    assert len(commands) >= 7
+    for command in commands:
+        _, verb, *words = command.split()
+        monkeypatch.setattr(sys, "argv", ["splitlearn", verb, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, command
+        known = {"run": EXPERIMENTS, "bench": BENCHES, "data": DATASETS}.get(verb)
+        assert known is None or words[0] in known or words[0] == "NAME", command
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_files_in_the_annotated_tree_exist() -> None:
+    tree = README.split("## What is where")[1].split("```")[1]
+    for name in re.findall(r"^\s*([a-z_]+(?:\.py|/))", tree, re.MULTILINE):
+        places = [ROOT / name, ROOT / "splitlearn" / name]
+        assert any(place.exists() for place in places), name
+    for name in re.findall(r"([a-z_]+\.py)", tree):
+        assert (ROOT / "splitlearn" / name).exists(), name
