@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from experiments.commands import Commands, Program, unknown
+from experiments.commands import Commands, Program
+from experiments.names import find
 
 if TYPE_CHECKING:
     from experiments.experiment import Experiment, Options
@@ -135,10 +136,10 @@ def _list(
     """List what there is, a line each: experiments, protocols, attacks, defenses, data sets, benches."""
     kinds = _catalogue()
     kind = {"defenses": "protections", "datasets": "data"}.get(kind, kind)
-    if kind and kind not in kinds:
-        raise unknown("kind", kind, kinds)
+    if kind:
+        kinds = {kind: find("kind", kind, kinds)}
     console = Console(highlight=False)
-    for number, (name, (title, entries)) in enumerate(kinds.items() if not kind else [(kind, kinds[kind])]):
+    for number, (name, (title, entries)) in enumerate(kinds.items()):
         console.print(f"{'' if number == 0 else chr(10)}[bold]{title}[/bold]")
         width = max(map(len, entries), default=0)
         for entry, summary in entries.items():
@@ -179,9 +180,8 @@ def _data(
     from splitlearn.data import DATASETS
 
     folder = data_dir if data_dir is not None else Path("data")
-    if name and name not in DATASETS:
-        raise unknown("data set", name, DATASETS)
     if name:
+        find("data set", name, DATASETS)
         fetch(name, folder, url)
     else:
         list_present(folder)

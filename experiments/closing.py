@@ -9,17 +9,23 @@ from rich.table import Table
 from experiments.figures import count, seconds
 from experiments.record import Record
 from experiments.summary import Point, Spread, summarise, utility_metric
-from experiments.tables import front_of
+from experiments.tables import front_of, utility_columns
 
 __all__ = ["closing_tables"]
+
+SPREAD = "mean ± standard deviation over seeds"
 
 
 def closing_tables(records: Iterable[Record]) -> Iterator[Table]:
     """Yield a table per data set, protocol and cut, one row per configuration, seeds apart.
 
-    A row holds utility, worst leakage, and the bytes and the time of a trial; failed trials take no part.
+    A row holds utility, worst leakage, and the bytes and the time of a trial; failed trials take no part. Where
+    nothing was attacked, every utility metric has its column, and the settings share one table.
     """
     points = summarise(records)
+    if points and not any(point.attacks for point in points):
+        yield _unattacked(points)
+        return
     for setting in dict.fromkeys(point.setting for point in points):
         yield _table(setting.title, [point for point in points if point.setting == setting])
 
@@ -27,16 +33,8 @@ def closing_tables(records: Iterable[Record]) -> Iterator[Table]:
 def _table(title: str, points: Sequence[Point]) -> Table:
     metric = utility_metric(points)
     front = front_of(points) if len(points) > 1 else []
-    phase = "train" if any(point.seconds("train") for point in points) else "total"
-    table = Table(
-        title=escape(title),
-        caption=_caption(bool(front)),
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        pad_edge=False,
-    )
+    phase = _phase(points)
+    table = _empty(title, _caption(bool(front)))
     table.add_column("protection")
     for heading in ("seeds", (metric or "utility").replace("_", " "), "worst leakage", "bytes", f"{phase} time"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -52,14 +50,52 @@ def _table(title: str, points: Sequence[Point]) -> Table:
     return table
 
 
+def _unattacked(points: Sequence[Point]) -> Table:
+    metrics, _ = utility_columns(points)
+    phase = _phase(points)
+    parts = [(*point.setting.parts, point.name) for point in points]
+    common = [part for part in parts[0] if all(part in other for other in parts)] if len(parts) > 1 else []
+    table = _empty(" · ".join(common), f"{SPREAD}; nothing was attacked")
+    table.add_column("setting", no_wrap=True)
+    for heading in ("seeds", *(metric.replace("_", " ") for metric in metrics), "bytes", f"{phase} time"):
+        table.add_column(heading, justify="right")
+    for point, told in zip(points, parts, strict=True):
+        table.add_row(
+            escape(" · ".join(part for part in told if part not in common)),
+            str(len(point.seeds)),
+            *(_spread(point.utility(metric)) for metric in metrics),
+            _mean(point.nbytes(), count),
+            _mean(point.seconds(phase), seconds),
+        )
+    return table
+
+
+def _empty(title: str, caption: str) -> Table:
+    return Table(
+        title=escape(title) or None,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+
+
+def _phase(points: Sequence[Point]) -> str:
+    return "train" if any(point.seconds("train") for point in points) else "total"
+
+
 def _caption(starred: bool) -> str:
-    line = "mean ± standard deviation over seeds; leakage: 0 nothing, 1 everything"
+    line = f"{SPREAD}; leakage: 0 nothing, 1 everything"
     return f"{line}\n* on the Pareto front: nothing else is both more useful and leaks less" if starred else line
 
 
 def _spread(found: Spread | None) -> str:
     if found is None:
         return "—"
+    if abs(found.mean) < 0.001:  # such as a difference of weights, which is exact where it is 0
+        return "0" if found.low == found.high == 0 else f"{found.mean:.1e}"
     return f"{found.mean:.3f}" if found.n == 1 else f"{found.mean:.3f} ± {found.std:.3f}"
 
 

@@ -2,24 +2,17 @@
 
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-__all__ = ["Commands", "Program", "unknown"]
+from experiments.names import unknown
+
+__all__ = ["Commands", "Program"]
 
 BAD_INPUT, INTERRUPTED = 2, 130
-
-
-def unknown(kind: str, name: str, among: Iterable[str]) -> LookupError:
-    """Return the error for a name that is not ``among`` those there are; it lists the near ones, or all."""
-    names = list(among)
-    near = get_close_matches(name, names, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names) or '(none)'}"
-    return LookupError(f"no {kind} is named {name!r}: {hint}")
 
 
 class Commands(TyperGroup):

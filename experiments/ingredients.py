@@ -9,7 +9,7 @@ from dataclasses import replace
 from attacks import MaximumLikelihood, decoder_family
 from defenses import NoPeek
 from experiments import setups
-from experiments.parts import Attack, Protection, Protocol, Shield, number
+from experiments.parts import CONTINUOUS, Attack, Protection, Protocol, Shield, number
 from privacy.dp import ClippedGaussian
 from splitlearn.codecs import Int8, TopK
 from splitlearn.frames import Codec
@@ -40,6 +40,7 @@ PROTECTIONS: dict[str, Protection] = {
         "weight of the penalty",
         ("1", "3", "6"),
         lambda strength: Shield(NoPeek(weight=number(strength, "a weight"))),
+        CONTINUOUS,  # tokens have no distances to speak of
     ),
     "compression": Protection(
         "int8 or top-k on the wire: is it a defense?", "int8, or fraction kept", ("int8", "0.1", "0.02"), compressed

@@ -9,7 +9,8 @@ from torch import nn
 
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import PROTOCOLS
-from experiments.parts import Shield, find
+from experiments.names import find
+from experiments.parts import Shield
 from experiments.runner import Outcome, Task
 from experiments.setups import train_unsplit
 from experiments.training import Training, default_cut, device_of, load_splits

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from splitlearn.data.dataset import Modality
 from splitlearn.frames import Codec
 from splitlearn.party import Guard
 from splitlearn.threat import Threat
 
-__all__ = ["Aim", "Attack", "Bench", "Protection", "Protocol", "Shield", "find", "number"]
+__all__ = ["CONTINUOUS", "Aim", "Attack", "Bench", "Protection", "Protocol", "Shield", "number"]
 
-T = TypeVar("T")
+CONTINUOUS: tuple[Modality, ...] = ("image", "signal", "table")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Protection:
     unit: str  # what a strength is; "" where there is none
     strengths: tuple[str, ...]
     build: Callable[[str], Shield]
+    inputs: tuple[Modality, ...] = (*CONTINUOUS, "tokens")  # kinds of inputs that it can protect
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Attack:
     family: Literal["reconstruction", "label", "membership", "property", "poisoning"]
     threat: Threat
     build: Callable[["Aim"], Mapping[str, Any]]
+    inputs: tuple[Modality, ...] = CONTINUOUS  # kinds of inputs that it can estimate
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,6 @@ class Bench:
 
     summary: str
     run: Callable[[], dict[str, Any]]
-
-
-def find(kind: str, name: str, among: Mapping[str, T]) -> T:
-    """Return the entry of that name; an unknown one is a ``LookupError`` that lists the near ones."""
-    if name in among:
-        return among[name]
-    near = get_close_matches(name, among, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(among)}"
-    raise LookupError(f"no {kind} is named {name!r}: {hint}")
 
 
 def number(text: str, what: str) -> float:

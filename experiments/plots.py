@@ -18,7 +18,7 @@ from experiments.record import Record
 from experiments.store import Store, write_atomically
 from experiments.summary import Mark, Point, Spread, marks, pareto_front, summarise, utility_metric
 
-__all__ = ["NEUTRAL", "Style", "reconstructions", "spread_note", "styles", "tradeoff"]
+__all__ = ["NEUTRAL", "Style", "leakage_note", "reconstructions", "spread_note", "styles", "tradeoff"]
 
 # Okabe and Ito's colours, told apart by most colour-blind readers; the markers tell them apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")
@@ -47,6 +47,24 @@ def styles(points: Iterable[Point]) -> dict[str, Style]:
     for name, (colour, (marker, symbol)) in zip(names, looks, strict=False):
         found[name] = Style(name, colour, marker, symbol)
     return found
+
+
+def leakage_note(points: Iterable[Point]) -> str:
+    """Return what leakage is taken over: the attacks, and the attackers who saw nothing; empty where none attacked."""
+    leaks = [leak for point in points for record in point.records for leak in record.leakage]
+    if not leaks:
+        return ""
+    attacks = sorted({leak.attack for leak in leaks})
+    blind = sorted({guess for leak in leaks for name in leak.baselines if (guess := _guess(name, leak.metrics))})
+    beside = f" (baselines: {', '.join(blind)})" if blind else ""
+    of = f"the worst of {', '.join(attacks)}" if len(attacks) > 1 else f"by {attacks[0]}"
+    return f"Leakage: {of}; 0 is an attacker who saw nothing{beside}, 1 is everything."
+
+
+def _guess(baseline: str, metrics: Iterable[str]) -> str:
+    """Return what a baseline answers, in words: ``mse_mean_image`` is the mean image."""
+    metric = next((name for name in metrics if baseline.startswith(f"{name}_")), "")
+    return baseline.removeprefix(f"{metric}_").replace("_", " ") if metric else ""
 
 
 def spread_note(seeds: int) -> str:
@@ -83,7 +101,8 @@ def tradeoff(records: Sequence[Record], path: Path) -> Path | None:
         axes.set_ylabel("leakage (worst attack's advantage)")
     seeds = max(mark.leakage.n for members in panels.values() for mark in members)
     failed = sum(record.status == "failed" for record in records)
-    note = f"{spread_note(seeds)} Labels are strengths." + (f" Failed trials left out: {failed}." if failed else "")
+    note = f"{leakage_note(points)}\n{spread_note(seeds)} Labels are strengths."
+    note += f" Failed trials left out: {failed}." if failed else ""
     figure.suptitle("What leaks, against what the model is worth", fontsize=14, fontweight="bold")
     _legend(figure, note)
     figure.draw_without_rendering()  # fixes the layout, in which the labels then find their places

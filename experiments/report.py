@@ -14,11 +14,11 @@ from matplotlib.image import imsave
 from experiments.figures import number, spread
 from experiments.gallery import Row, gallery, strip
 from experiments.interactive import interactive_tradeoff
-from experiments.plots import reconstructions, spread_note, tradeoff
+from experiments.plots import leakage_note, reconstructions, spread_note, tradeoff
 from experiments.record import Record
 from experiments.store import Store, write_atomically
 from experiments.summary import Mark, Point, marks, pareto_front, summarise, utility_metric
-from experiments.tables import bytes_table, leakage_tables, results_table, seconds_table, visible_table
+from experiments.tables import bytes_table, leakage_tables, results_tables, seconds_table, visible_table
 
 __all__ = ["build"]
 
@@ -75,7 +75,8 @@ def _page(records: Sequence[Record], problems: Sequence[str], store: Store) -> s
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.j2").render(
-        title=", ".join(dict.fromkeys(record.experiment for record in records)),
+        title=" and ".join(dict.fromkeys(record.experiment for record in records)),
+        attacked=any(point.attacks for point in points),
         settings=[setting.title for setting in dict.fromkeys(point.setting for point in points)],
         started=sorted(
             record.started.replace("T", " ").replace("+00:00", " UTC") for record in records if record.started
@@ -83,9 +84,9 @@ def _page(records: Sequence[Record], problems: Sequence[str], store: Store) -> s
         summary=_summary(points, failed),
         problems=problems,
         plot=Markup(plot) if plot is not None else None,  # plotly escapes what it embeds
-        plot_note=spread_note(max((len(point.seeds) for point in points), default=0)),
+        plot_note=f"{leakage_note(points)} {spread_note(max((len(point.seeds) for point in points), default=0))}",
         pictures=[_picture(row) for row in gallery(records, store)],
-        results=results_table(points) if points else None,
+        results=results_tables(points),
         leakage=leakage_tables(points),
         overhead=[table for table in (bytes_table(points), seconds_table(points)) if table is not None],
         visible=visible_table(points),
@@ -120,7 +121,8 @@ def _summary(points: Sequence[Point], failed: Sequence[Record]) -> list[tuple[st
     metric = utility_metric(points)
     panels = marks(points, metric)
     if metric is None or not panels:
-        return [("", [*lines, "No trial measured both utility and leakage, so there is no trade-off to show."])]
+        told_by = "Nothing was attacked: the table of results holds what was measured."
+        return [("", [*lines, told_by] if points else lines)]
     told = {setting: list(_trade(members, metric.replace("_", " "))) for setting, members in panels.items()}
     if len(told) == 1:
         return [("", [*lines, *told[next(iter(told))]])]

@@ -60,7 +60,7 @@ def train_unsplit(training: Training, splits: Splits, shield: Shield) -> Trained
     whole = Learner("unsplit", model, optimizer_for(model, training), seed=training.seed)
     batches = _batches(training, splits.private.x, splits.private.y)
     losses = fit(epochs_of(lambda x, y: whole.learn(x, y)[0], batches), epochs=training.epochs).losses
-    return Trained([whole], model, losses, {}, {"nobody": ["nothing crosses"]}, splits.private.x)
+    return Trained([whole], model, losses, {}, {"nobody": ["nothing crosses"]}, splits.private.x, splits.private.y)
 
 
 def train_vanilla(training: Training, splits: Splits, shield: Shield) -> Trained:
@@ -89,7 +89,7 @@ def train_u_shaped(training: Training, splits: Splits, shield: Shield) -> Traine
     encoder = Encoder(client.stage, client.guard, shield.codec)
     model = nn.Sequential(client.stage, middle, head)
     chain: list[Predictor] = [client, line.party, top]
-    return Trained(chain, model, losses, _counted([line.meter]), visible, splits.private.x, encoder, line.record)
+    return Trained(chain, model, losses, _counted([line.meter]), visible, batches.x, batches.y, encoder, line.record)
 
 
 def train_splitfed_v1(training: Training, splits: Splits, shield: Shield) -> Trained:
@@ -140,7 +140,7 @@ def train_fedavg(training: Training, splits: Splits, shield: Shield) -> Trained:
     members = [Member(_client(training, model, Shield(), number), None, own) for number, own in enumerate(batches)]
     remote, meters = _over_wires(members)
     losses = _rounds(training, members, batches, lambda: fedavg_round(remote, everywhere))
-    return Trained([everywhere], model, losses, _counted(meters), {"fed server": FED}, batches[0].x)
+    return Trained([everywhere], model, losses, _counted(meters), {"fed server": FED}, batches[0].x, batches[0].y)
 
 
 def train_vertical(training: Training, splits: Splits, shield: Shield) -> Trained:
@@ -174,7 +174,9 @@ def train_vertical(training: Training, splits: Splits, shield: Shield) -> Traine
     seen = wire(server, shield.codec)  # joined, the parts are what the server reads of each client
     chain: list[Predictor] = [_Together(learners, columns, joined), seen.party]
     whole_model = nn.Sequential(side, top)
-    return Trained(chain, whole_model, losses, _counted(meters), visible, splits.private.x, encoder, seen.record)
+    return Trained(
+        chain, whole_model, losses, _counted(meters), visible, splits.private.x, splits.private.y, encoder, seen.record
+    )
 
 
 class SideBySide(nn.Module):
@@ -231,6 +233,7 @@ class _Table:
             _counted([*self.meters, *(line.meter for line in self.wires)]),
             visible,
             self.batches[0].x,
+            self.batches[0].y,
             encoder,
             self.wires[0].record,
         )

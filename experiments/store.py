@@ -5,7 +5,6 @@ import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from experiments.record import Record
+from splitlearn.checkpoint import write_atomically
 
 __all__ = ["RESULT_COLUMNS", "Store", "strength_order", "write_atomically"]
 
@@ -31,29 +31,6 @@ RESULT_COLUMNS = (
     "value",
     "baseline",
 )
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write ``content`` to ``path``: a reader finds the old file or the whole new one, even after a crash.
-
-    Raises ``ValueError`` where the file cannot be written.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        raise ValueError(
-            f"expected to write {path}, got: {error.strerror or error}; free space or choose another --out"
-        ) from error
-    finally:
-        with suppress(OSError):
-            draft.unlink()
-    return path
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,8 @@ from experiments.store import strength_order
 __all__ = ["Mark", "Point", "Setting", "Spread", "marks", "pareto_front", "summarise", "utility_metric"]
 
 UTILITY = ("accuracy", "macro_f1", "auc")  # the first one that was measured is the axis of the trade-off
+LONGEST = 24  # characters of a setting that tells variants apart
+ABSENT = "—"
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,23 @@ class Spread:
 
 
 class Setting(NamedTuple):
-    """What is compared within, never across: one data set, protocol and cut."""
+    """What is compared within, never across: one data set, protocol and cut, of one experiment where several met."""
 
     data: str
     protocol: str
     cut: str
+    experiment: str = ""  # "" where all records are of one
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the setting is, in words, without what is empty."""
+        parts = (self.experiment, self.data, self.protocol, self.cut and f"cut {self.cut}")
+        return tuple(part for part in parts if part)
 
     @property
     def title(self) -> str:
         """The setting in a line."""
-        return " · ".join(part for part in (self.data, self.protocol, self.cut and f"cut {self.cut}") if part)
+        return " · ".join(self.parts)
 
 
 @dataclass(frozen=True)
@@ -138,10 +147,13 @@ def summarise(records: Iterable[Record]) -> list[Point]:
 
     Failed trials take no part.
     """
+    records = list(records)
+    several = len({record.experiment for record in records}) > 1
     groups: dict[tuple[Setting, str, str], dict[str, list[Record]]] = {}
     for record in records:
         if record.status == "done":
-            setting = Setting(record.data, record.protocol, record.cut)
+            experiment = record.experiment if several else ""
+            setting = Setting(record.data, record.protocol, record.cut, experiment)
             alike = groups.setdefault((setting, record.protection, record.strength), {})
             alike.setdefault(json.dumps(_without_seed(record), sort_keys=True), []).append(record)
     points = []
@@ -193,13 +205,37 @@ def _without_seed(record: Record) -> dict[str, object]:
 
 
 def _variants(records: Sequence[Record]) -> list[str]:
-    """Return, for records of one label, what in their configurations tells them apart."""
-    configs = [_without_seed(record) for record in records]
+    """Return, for records of one label, the fewest settings that tell them apart, those that read shortest first."""
+    configs = [{name: str(value) for name, value in _flat(_without_seed(record))} for record in records]
     names = sorted({name for config in configs for name in config})
-    different = [name for name in names if len({json.dumps(config.get(name)) for config in configs}) > 1]
-    return [", ".join(f"{name}={config.get(name)}" for name in different) for config in configs]
+    names.sort(key=lambda name: max(len(config.get(name, ABSENT)) for config in configs))
+    telling: list[str] = []
+    told = [""] * len(configs)
+    for name in names:
+        finer = [f"{before}\n{config.get(name, ABSENT)}" for before, config in zip(told, configs, strict=True)]
+        if len(set(finer)) > len(set(told)):
+            telling, told = [*telling, name], finer
+    return [", ".join(f"{_last(name)}={_short(config.get(name, ABSENT))}" for name in telling) for config in configs]
+
+
+def _flat(config: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the settings of nested dicts under dotted names, such as ``training.epochs``."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def _order(point: Point) -> tuple[object, ...]:
     strength = strength_order(point.strength)
-    return (*point.setting, point.protected, point.protection, strength, point.variant)
+    setting = point.setting
+    return (setting.experiment, *setting[:3], point.protected, point.protection, strength, point.variant)

@@ -7,9 +7,19 @@ from dataclasses import dataclass
 from experiments.figures import count, number, ratio, seconds, spread
 from experiments.summary import Point, Spread, marks, pareto_front, utility_metric
 
-__all__ = ["Table", "bytes_table", "front_of", "leakage_tables", "results_table", "seconds_table", "visible_table"]
+__all__ = [
+    "Table",
+    "bytes_table",
+    "front_of",
+    "leakage_tables",
+    "results_tables",
+    "seconds_table",
+    "utility_columns",
+    "visible_table",
+]
 
 QUANTILE = re.compile(r"_q\d+$")
+BESIDE_ACCURACY = frozenset({"macro_f1", "auc"})
 
 
 @dataclass(frozen=True)
@@ -24,21 +34,27 @@ class Table:
     strong: frozenset[int] = frozenset()
 
 
-def results_table(points: Sequence[Point]) -> Table:
-    """Return one row per configuration: utility, worst leakage, ε and cost; the Pareto front stands out."""
-    metrics = list(dict.fromkeys(name for point in points for record in point.records for name in record.utility))
+def results_tables(points: Sequence[Point]) -> list[Table]:
+    """Return a table per experiment, one row per configuration: utility, worst leakage, ε; the front stands out."""
+    experiments = dict.fromkeys(point.setting.experiment for point in points)
+    return [_results_table([p for p in points if p.setting.experiment == experiment]) for experiment in experiments]
+
+
+def _results_table(points: Sequence[Point]) -> Table:
+    first, further = utility_columns(points)
     front = front_of(points)
     attacked = any(point.worst for point in points)
     proved = any(_epsilon(point) for point in points)
-    columns = [*_heads(points), "seeds", *(metric.replace("_", " ") for metric in metrics)]
+    columns = [*_heads(points), "seeds", *(metric.replace("_", " ") for metric in first)]
     columns += ["worst leakage", "by"] if attacked else []
     columns += ["ε"] if proved else []
+    columns += [metric.replace("_", " ") for metric in further]
     rows = []
     for point in points:
-        row = [*_head(point, points), str(len(point.seeds)), *(spread(point.utility(metric)) for metric in metrics)]
+        row = [*_head(point, points), str(len(point.seeds)), *(spread(point.utility(metric)) for metric in first)]
         row += [spread(point.worst), point.attacks[0] if point.attacks else "—"] if attacked else []
         row += [spread(_epsilon(point))] if proved else []
-        rows.append(tuple(row))
+        rows.append((*row, *(spread(point.utility(metric)) for metric in further)))
     strong = frozenset(number for number, point in enumerate(points) if point in front)
     note = " Shaded rows are on the Pareto front: nothing else is both more useful and leaks less." if strong else ""
     caption = f"Means over seeds, with the lowest and the highest seed.{note}"
@@ -113,6 +129,13 @@ def visible_table(points: Sequence[Point]) -> Table | None:
     ]
     caption = "What remained visible, and to whom, whatever the attacks above made of it."
     return Table(caption, (*heads, "sees", "under"), tuple(rows), len(heads), prose=True)
+
+
+def utility_columns(points: Sequence[Point]) -> tuple[list[str], list[str]]:
+    """Return the utility metrics that a table is about, and those that only come beside accuracy: macro F1, AUC."""
+    metrics = list(dict.fromkeys(name for point in points for record in point.records for name in record.utility))
+    first = [name for name in metrics if name not in BESIDE_ACCURACY or "accuracy" not in metrics]
+    return first, [name for name in metrics if name not in first]
 
 
 def front_of(points: Sequence[Point]) -> list[Point]:

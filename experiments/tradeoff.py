@@ -10,12 +10,13 @@ from torch import Tensor
 
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
-from experiments.parts import Aim, Attack, Shield, find
+from experiments.names import find
+from experiments.parts import Aim, Attack, Shield
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.training import Trained, Training, build_model, default_cut, device_of, load_splits
 from splitlearn.cut import cut
-from splitlearn.data import DATASETS, Splits
+from splitlearn.data import DATASETS, Dataset, Splits
 from splitlearn.metrics import score_reconstruction
 from splitlearn.threat import Grants, observe
 from splitlearn.train import evaluate, predict
@@ -92,6 +93,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
         raise ValueError(f"expected at least one target, got {config.targets}")
     device = device_of(options.device)
     splits = load_splits(options.data, options.data_dir)  # absent or damaged data ends here, before any work
+    _check_inputs(config, protections, splits.private)
     base = Training(
         epochs=config.epochs, batch_size=config.batch_size, optimizer=config.optimizer, lr=config.lr,
         clients=config.clients, device=device,
@@ -129,12 +131,12 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     if trained.record is None:
         notes.append("no activation crosses under this protocol, so these attacks have nothing to read")
     else:
-        x = trained.victim_x[: trial.targets]
+        x, y = trained.victim_x[: trial.targets], trained.victim_y[: trial.targets]
         trained.record.clear()
         predict(trained.chain, x)
         for name in trial.attacks:
             start = time.perf_counter()
-            leak, x_hat = attacked(name, ATTACKS[name], trained, splits, x, seed=trial.training.seed)
+            leak, x_hat = attacked(name, ATTACKS[name], trained, splits, x, y, seed=trial.training.seed)
             seconds[f"attack_{name}"] = time.perf_counter() - start
             leakage.append(leak)
             visible[f"attacker ({name})"] = ATTACKS[name].threat.in_words()
@@ -147,11 +149,12 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
 
 
 def attacked(
-    name: str, attack: Attack, trained: Trained, splits: Splits, x: Tensor, *, seed: int
+    name: str, attack: Attack, trained: Trained, splits: Splits, x: Tensor, y: Tensor, *, seed: int
 ) -> tuple[Leakage, Tensor]:
     """Return what the best member of an attack's family got of the private inputs ``x``, and its estimate.
 
-    The attack sees its view and nothing else; ``x`` serves to score what it returns.
+    The attack sees its view and nothing else; ``x`` and the labels ``y`` serve to score what it returns, ``y`` for
+    the baseline of the class-mean image alone: the advantage is over the mean image.
     """
     assert trained.record is not None
     auxiliary = splits.auxiliary.x.to(x.device)
@@ -159,7 +162,9 @@ def attacked(
     view = observe(trained.record, threat=attack.threat, grants=grants)
     results = {member: one(view) for member, one in attack.build(_aim(splits, seed)).items()}
     scores = {
-        member: score_reconstruction(x, result.x_hat.to(x.device), auxiliary_x=auxiliary)
+        member: score_reconstruction(
+            x, result.x_hat.to(x.device), auxiliary_x=auxiliary, y=y, auxiliary_y=splits.auxiliary.y.to(x.device)
+        )
         for member, result in results.items()
     }
     best = min(scores, key=lambda member: scores[member].metrics["mse"])
@@ -184,6 +189,21 @@ def _strengths(spec: str) -> list[tuple[str, str]]:
     for one in strengths:
         protection.build(one)  # a strength that it cannot have is an error now, not in the middle
     return [(name, one) for one in strengths]
+
+
+def _check_inputs(config: Config, protections: list[tuple[str, str]], private: Dataset) -> None:
+    """Refuse attacks and protections that can do nothing with inputs of this kind; say what to ask for instead."""
+    misfits = [f"attack {name}" for name in config.attacks if private.kind not in ATTACKS[name].inputs]
+    chosen = dict.fromkeys(name for name, _ in protections)
+    misfits += [f"protection {name}" for name in chosen if private.kind not in PROTECTIONS[name].inputs]
+    if misfits:
+        attacks = [name for name in config.attacks if private.kind in ATTACKS[name].inputs]
+        fits = [spec for spec in config.protections if private.kind in PROTECTIONS[spec.partition(":")[0]].inputs]
+        instead = f"--attacks {','.join(attacks) or repr('')} --protections {','.join(fits) or 'none'}"
+        raise ValueError(
+            f"expected attacks and protections that work on {private.kind}, which {private.name} holds, got "
+            f"{', '.join(misfits)}; use {instead}"
+        )
 
 
 def _cuts(asked: tuple[str, ...], splits: Splits) -> list[str]:

@@ -50,8 +50,8 @@ class Trained:
     """A trained model and what its evaluation needs.
 
     ``chain`` are the parties, bottom first, as an input passes them; ``model`` is the plain joined model;
-    ``encoder`` the victim's path, ``victim_x`` the victim's own inputs, ``record`` what the server saw (None
-    where no activation crosses).
+    ``victim_x`` and ``victim_y`` the victim's own inputs and labels, ``encoder`` its path, ``record`` what the
+    server saw (None where no activation crosses).
     """
 
     chain: Sequence[Predictor]
@@ -60,6 +60,7 @@ class Trained:
     nbytes: dict[str, dict[str, int]]
     visible: dict[str, list[str]]
     victim_x: Tensor
+    victim_y: Tensor
     encoder: Encoder | None = None
     record: Recorded | None = None
 

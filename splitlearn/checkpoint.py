@@ -6,14 +6,15 @@ No pickle. The tree and a CRC-32 of everything in it, tensors included, stand in
 import json
 import os
 import secrets
+import struct
 import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 __all__ = ["load_checkpoint", "save_checkpoint", "write_atomically"]
@@ -42,27 +43,30 @@ def load_checkpoint(path: Path) -> Any:
     if not path.is_file():
         raise LookupError(f"expected a checkpoint at {path}, found none; train with checkpoint=Path(…) first")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = path.read_bytes()  # once: safe_open opens the file twice, and may find another one the second time
+        raw = load(content)
+        (length,) = struct.unpack_from("<Q", content)
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is cut short or not a checkpoint ({error}); delete it and start again") from error
     if metadata.get("format") != FORMAT or "tree" not in metadata:
         raise ValueError(f"{path} is a safetensors file, but not a checkpoint of this toolkit; give another path")
-    found = f"{_checksum(metadata['tree'], mapped):08x}"  # before the copy, which would make any true byte a 1
+    found = f"{_checksum(metadata['tree'], raw):08x}"  # before the copy, which would make any true byte a 1
     if found != metadata.get("crc32"):
         raise ValueError(
             f"{path} is damaged: expected checksum {metadata.get('crc32')}, got {found}; delete it and start again"
         )
-    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+    tensors = {name: tensor.clone() for name, tensor in raw.items()}  # aligned, as matrix products like it
     try:
         return _full(json.loads(metadata["tree"]), tensors)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} holds no tree of tensors and plain values ({error}); give another path") from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` through a temporary file beside it; the file appears whole or not at all.
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Write ``content`` to ``path`` through a temporary file beside it, and return ``path``.
+
+    The file appears whole or not at all: a reader finds the old one or the new one, even after a crash.
 
     Raises ``ValueError`` where that is not possible; what stood at ``path`` before then still stands.
     """
@@ -82,6 +86,7 @@ def write_atomically(path: Path, content: bytes) -> None:
                 f"{path} cannot be written ({error.strerror}); free space or choose another folder"
             ) from error
         raise
+    return path
 
 
 def _checksum(tree: str, tensors: dict[str, Tensor]) -> int:

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from itertools import pairwise
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["cut", "join", "layer_names"]
 
@@ -17,8 +18,8 @@ def cut(model: nn.Sequential, *at: int | str) -> tuple[nn.Sequential, ...]:
     layer below it. Layers keep their names, so a stage's ``state_dict`` is a part of the model's.
 
     Raises ``ValueError`` where a cut is impossible or would not train as the unsplit model does: a place out
-    of range or out of order, weights tied across stages, a first layer above a cut that works in place, a model
-    that is no ``nn.Sequential`` or has a ``forward`` of its own.
+    of range or out of order, weights tied across stages, a first layer above a cut that works in place, layers of no
+    shape yet, a model that is no ``nn.Sequential`` or has a ``forward`` or hooks of its own.
     """
     _refuse_other_modules(model)
     if not at:
@@ -69,6 +70,8 @@ def _refuse_other_modules(model: nn.Module) -> None:
             f"expected layers that follow each other, got {type(model).__name__} with a forward of its own, which a "
             "cut would lose; make what it does a layer"
         )
+    if model._forward_pre_hooks or model._forward_hooks or model._backward_pre_hooks or model._backward_hooks:
+        raise ValueError("expected a model without hooks of its own, which a cut would lose; hook its layers instead")
 
 
 def _boundary(model: nn.Sequential, place: int | str) -> int:
@@ -95,6 +98,8 @@ def _refuse_tied_weights(stages: tuple[nn.Sequential, ...]) -> None:
             *stage.named_buffers(remove_duplicate=False),
         ]
         for name, tensor in tensors:
+            if is_lazy(tensor):
+                raise ValueError(f"{name} has no shape yet; pass a batch through the model once, then cut it")
             # By memory, where there is any: two Parameters may be made of one tensor.
             first, first_name = owner.setdefault(tensor.data_ptr() or id(tensor), (number, name))
             if first != number:

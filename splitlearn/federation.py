@@ -27,7 +27,7 @@ Aggregator = Callable[[Sequence[Mapping[str, Tensor]], Sequence[int]], Weights]
 
 
 def mean(weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> Weights:
-    """Return Σ (n/N)·w over the members, entry by entry; integer entries are the first member's."""
+    """Return Σ (n/N)·w over the members with samples, entry by entry; integer entries are the first such one's."""
     if not weights or len(weights) != len(counts) or min(counts) < 0 or sum(counts) == 0:
         raise ValueError(
             f"expected weights of members with some samples, got {len(weights)} weights, counts {list(counts)}"
@@ -35,17 +35,19 @@ def mean(weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> Weig
     if any(set(other) != set(weights[0]) for other in weights):
         raise ValueError("expected the same entries from every member; train one model in all of them")
     total = sum(counts)
+    # Not 0·w for a member without samples: it would pass on its nan, and its integers if it comes first.
+    (first_weights, first_count), *others = [pair for pair in zip(weights, counts, strict=True) if pair[1]]
     result = {}
-    for name, first in weights[0].items():
+    for name, first in first_weights.items():
         if not first.is_floating_point():
             result[name] = first.clone()
             continue
-        if any(other[name].shape != first.shape for other in weights):
+        if any(other[name].shape != first.shape for other in weights):  # of those without samples, too
             shapes = ", ".join(str(tuple(other[name].shape)) for other in weights)
             raise ValueError(f"expected {name!r} of one shape from every member, got {shapes}; train one model in all")
-        average = (counts[0] / total) * first
-        for own, count in zip(weights[1:], counts[1:], strict=True):
-            average += (count / total) * own[name]
+        average = (first_count / total) * first
+        for own, count in others:
+            average += (count / total) * own[name].to(average.device)
         result[name] = average
     return result
 

@@ -110,7 +110,8 @@ class RemoteMember:
                     f"{self.name}: expected entries of the weights that it was given, got {name!r} of shape "
                     f"{tuple(tensor.shape)}; train one model in all members"
                 )
-        return {**whole, **{name: weights[name] + change for name, change in changes.items()}}, int(count)
+        changed = {name: weights[name] + change.to(weights[name].device) for name, change in changes.items()}
+        return {**whole, **changed}, int(count)
 
 
 def batch_norm_entries(stage: nn.Module) -> frozenset[str]:

@@ -179,12 +179,12 @@ def score_reconstruction(
 
 def reconstruction_advantage(mse: float, baseline: float) -> float:
     """Return 1 − mse / baseline, cut to [0, 1]; 0 where the baseline makes no error."""
-    return _cut_to_unit(1 - mse / baseline) if baseline > 0 else 0.0
+    return 0.0 if baseline == 0 else _cut_to_unit(1 - mse / baseline)
 
 
 def accuracy_advantage(accuracy: float, baseline: float) -> float:
     """Return (accuracy − baseline) / (1 − baseline), cut to [0, 1]; 0 where the baseline makes no error."""
-    return _cut_to_unit((accuracy - baseline) / (1 - baseline)) if baseline < 1 else 0.0
+    return 0.0 if baseline == 1 else _cut_to_unit((accuracy - baseline) / (1 - baseline))
 
 
 def membership_advantage(auc: float) -> float:
@@ -222,7 +222,8 @@ def distance_correlation_squared(x: Tensor, z: Tensor) -> Tensor:
 
 def _u_centred_distances(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the U-centred Euclidean distances [N, N], and the sum of squares that rounding alone could make."""
-    num, x = len(x), x.flatten(1)
+    num, x = len(x), x.unsqueeze(-1).flatten(1)  # a number a sample is a row of one
+    x = x if x.dtype is torch.float64 else x.float()  # in half precision most of the differences would be lost
     # Without the matrix product: that one loses small distances, and its root has no gradient at 0.
     distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     rows = distances.sum(1) / (num - 2)
@@ -255,6 +256,8 @@ def _auc(scores: Tensor, positive: Tensor) -> float:
 
 
 def _cut_to_unit(value: float) -> float:
+    if value != value:  # max and min would make 0 of it: no leakage
+        raise ValueError("expected scores that are numbers, got nan; look at the attack's estimates and the baseline")
     return min(1.0, max(0.0, value))
 
 
@@ -279,6 +282,8 @@ def _check_pair(x: Tensor, x_hat: Tensor) -> None:
             f"expected originals and estimates of one shape [N, …], got {tuple(x.shape)} and {tuple(x_hat.shape)}; "
             "pair each estimate with its original"
         )
+    if not torch.isfinite(x).all():
+        raise ValueError("expected finite originals, got nan or inf; clean the data before scoring")
     if not torch.isfinite(x_hat).all():
         raise ValueError("expected finite estimates, got nan or inf; the attack diverged: lower its step size")
 

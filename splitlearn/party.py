@@ -81,6 +81,7 @@ class Learner:
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the guarded activation as a fresh leaf that asks for a gradient; ``backward`` must follow."""
+        self._check_gradients_on()
         self._turn.take(self)
         try:
             x = self._leaf(x)
@@ -131,6 +132,7 @@ class Learner:
 
     def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the mean loss and, if ``z`` asks for it, its guarded gradient, after one optimizer step."""
+        self._check_gradients_on()
         self._turn.take(self)
         try:
             z = self._leaf(z)
@@ -249,13 +251,24 @@ class Learner:
 
     def _output(self, x: Tensor) -> Tensor:
         try:
-            return self.stage(x)
+            output = self.stage(x)
         except torch.OutOfMemoryError:
             raise
         except MISFITS as error:
             raise ValueError(f"{self.name}: {why_no_output(x, error)}") from error
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"{self.name}: expected a stage that puts out one tensor, got a {type(output).__name__}; "
+                "make a layer of your own that returns what is to cross"
+            )
+        return output
 
     def _mean_loss(self, output: Tensor, y: Tensor) -> Tensor:
+        if not output.numel():
+            raise ValueError(
+                f"{self.name}: expected a batch of at least one sample, got outputs of shape {tuple(output.shape)}; "
+                "skip empty batches, which have no mean loss"
+            )
         try:
             loss = self.loss(output, y)
         except MISFITS as error:
@@ -264,6 +277,13 @@ class Learner:
         if output.requires_grad and not loss.requires_grad:
             raise ValueError(f"{self.name}: expected a loss that can be differentiated, got one without a gradient")
         return loss
+
+    def _check_gradients_on(self) -> None:
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                f"{self.name}: expected to train with gradients on, got torch.no_grad(), under which nothing would be "
+                "learned; leave it, or call predict"
+            )
 
     def _check_number(self, value: Tensor, what: str) -> None:
         if value.numel() != 1:

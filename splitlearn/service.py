@@ -108,7 +108,7 @@ def _answer_update(member: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     weights, count = member.round(before)
     if not weights.keys() <= before.keys():
         raise ValueError(f"expected the weights {', '.join(weights)}; got {', '.join(before) or 'none'}")
-    changes = {name: w - before[name] for name, w in weights.items() if w.is_floating_point()}
+    changes = {name: w - before[name].to(w.device) for name, w in weights.items() if w.is_floating_point()}
     whole = {name: w for name, w in weights.items() if name not in changes}  # a counter has no difference to pack
     return {**keyed(changes, Kind.UPDATE), **keyed(whole, Kind.WEIGHTS), Kind.COUNT: torch.tensor(count)}
 

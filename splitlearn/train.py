@@ -108,6 +108,11 @@ def fit(
     a better one, and at the end the best state is put back.
     """
     holders = dict(state or {})
+    if stateless := [name for name, holder in holders.items() if not hasattr(holder, "state_dict")]:
+        raise ValueError(
+            f"expected what has a state_dict in state=…, got {', '.join(stateless)} without one; pass the party "
+            "itself, not how it is seen across a wire"
+        )
     if patience is not None and (validate is None or not holders or patience < 1):
         raise ValueError("patience needs validate=…, state=… to put the best back, and at least one epoch of patience")
     if checkpoint is not None and not holders:

@@ -6,6 +6,7 @@ A view is recorded on the observer's own side, here right of ``serve``, after ev
 what crossed and nothing else.
 """
 
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import torch
 from splitlearn.frames import Codec, Kind, Message, decode, encode, frame_nbytes
 
 __all__ = ["Carrier", "Emulated", "Exchange", "Framed", "Metered", "Recorded", "Transport", "serve"]
+
+MAX_ERROR_NBYTES = 10_000  # of an error's text that are read
 
 Carrier = Callable[[bytes], bytes]  # takes a request's frame, returns the reply's
 
@@ -39,29 +42,34 @@ class Exchange:
 class Recorded:
     """A transport that keeps a transcript of what crosses it, up to ``max_nbytes``; then the oldest are dropped.
 
-    The transcript holds copies: what a party does to its tensors later does not show in it.
+    The transcript holds copies: what a party does to its tensors later does not show in it. Sessions may be asked
+    from several threads at once.
     """
 
     def __init__(self, transport: Transport, *, max_nbytes: int = 1 << 30):
         self.exchanges: deque[Exchange] = deque()
         self.dropped = 0  # exchanges no longer kept
         self._transport, self._max_nbytes, self._nbytes = transport, max_nbytes, 0
+        self._lock = threading.Lock()
 
     def request(self, message: Message) -> Message:
         """Pass the message on, and keep a copy of it and of its reply."""
         asked = _copied(message)  # before the party may change what it is given
         reply = self._transport.request(message)
-        self.exchanges.append(Exchange(asked, _copied(reply)))
-        self._nbytes += _nbytes(self.exchanges[-1])
-        while self._nbytes > self._max_nbytes:
-            self._nbytes -= _nbytes(self.exchanges.popleft())
-            self.dropped += 1
+        exchange = Exchange(asked, _copied(reply))
+        with self._lock:
+            self.exchanges.append(exchange)
+            self._nbytes += _nbytes(exchange)
+            while self._nbytes > self._max_nbytes:
+                self._nbytes -= _nbytes(self.exchanges.popleft())
+                self.dropped += 1
         return reply
 
     def clear(self) -> None:
         """Forget the transcript."""
-        self.exchanges.clear()
-        self._nbytes = self.dropped = 0
+        with self._lock:
+            self.exchanges.clear()
+            self._nbytes = self.dropped = 0
 
 
 class Framed:
@@ -74,8 +82,8 @@ class Framed:
         """Send the message as a frame and return the decoded reply; an error on the other end is raised here."""
         reply = decode(self._carrier(encode(message, self._codec)), self._codec)
         if Kind.ERROR in reply.tensors:
-            text = bytes(reply.tensors[Kind.ERROR].to(torch.uint8).flatten().tolist())
-            raise ValueError(text.decode(errors="replace"))
+            text = bytes(reply.tensors[Kind.ERROR].flatten()[:MAX_ERROR_NBYTES].to(torch.uint8).tolist())
+            raise ValueError(" ".join(text.decode(errors="replace").split()))  # one line, whatever the other end says
         return reply
 
 
@@ -105,6 +113,7 @@ class Metered:
     """A carrier that counts the bytes of real frames: ``nbytes[direction][kind]``, headers as ``framing``.
 
     ``requests`` is the direction of the requests: "up" where a client asks a server, "down" where a server asks.
+    It may be called from several threads at once.
     """
 
     def __init__(self, carrier: Carrier, *, requests: str = "up"):
@@ -112,15 +121,21 @@ class Metered:
             raise ValueError(f"expected requests to go 'up' or 'down', got {requests!r}")
         self.nbytes: dict[str, Counter[str]] = {"up": Counter(), "down": Counter()}
         self.frames = 0
+        self._lock = threading.Lock()
         self._carrier, self._requests, self._replies = carrier, requests, "down" if requests == "up" else "up"
 
     def __call__(self, frame: bytes) -> bytes:
         """Pass the frame on and count it and its reply."""
-        self.nbytes[self._requests].update(frame_nbytes(frame))
+        self._count(self._requests, frame)
         reply = self._carrier(frame)
-        self.nbytes[self._replies].update(frame_nbytes(reply))
-        self.frames += 2
+        self._count(self._replies, reply)
         return reply
+
+    def _count(self, direction: str, frame: bytes) -> None:
+        counts = frame_nbytes(frame)
+        with self._lock:
+            self.nbytes[direction].update(counts)
+            self.frames += 1
 
     @property
     def total_nbytes(self) -> int:

@@ -68,6 +68,21 @@ def test_too_short_a_model_is_refused(layers: list[nn.Module]) -> None:
         cut(nn.Sequential(*layers), 1)
 
 
+def test_a_model_whose_shapes_are_not_known_yet_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^0.weight has no shape yet; pass a batch"):
+        cut(nn.Sequential(nn.LazyLinear(3), nn.ReLU(), nn.Linear(3, 2)), 1)
+
+
+def test_hooks_of_the_whole_model_are_refused_and_those_of_a_layer_kept() -> None:
+    model = mlp()
+    model[0].register_forward_hook(lambda _, __, output: 2 * output)
+    stage, *_ = cut(model, 1)
+    assert torch.equal(stage(torch.ones(1, 4)), model[0](torch.ones(1, 4)))
+    model.register_forward_hook(lambda _, __, output: 2 * output)
+    with pytest.raises(ValueError, match="without hooks of its own, which a cut would lose"):
+        cut(model, 1)
+
+
 class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)

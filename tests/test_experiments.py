@@ -3,8 +3,12 @@
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,12 +17,36 @@ from experiments import parity, tradeoff
 from experiments.catalogue import ATTACKS, BENCHES, EXPERIMENTS, PROTECTIONS, PROTOCOLS
 from experiments.cli import main
 from experiments.experiment import Options
-from experiments.runner import run
+from experiments.parts import Aim, Attack
+from experiments.runner import Outcome, run
 from experiments.store import Store
 from experiments.training import Training, load_splits
+from splitlearn.data import Dataset, Splits, split
 
+ACTIVATIONS = 800 * 32 * 8 * 8 * 4  # bytes that cross in an epoch of the digits CNN, cut after its second block
 TOY = tradeoff.Config(epochs=1, targets=4, attacks=("decoder",), protections=("none",))
 ONCE = Options(seeds=(0,))
+
+
+def quick() -> Attack:
+    """The smallest decoder of the family, for three epochs: what is tested is the path, not the attack's strength."""
+    real = ATTACKS["decoder"]
+
+    def build(aim: Aim) -> dict[str, Any]:
+        return {"decoder-affine": replace(real.build(aim)["decoder-affine"], epochs=3)}
+
+    return replace(real, build=build)
+
+
+def quickly(call: Callable[[], Outcome]) -> Outcome:
+    """Run a trial with the quick decoder, in a worker that knows of no patch of this process."""
+    with patch.dict(ATTACKS, decoder=quick()):
+        return call()
+
+
+@pytest.fixture
+def quick_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ATTACKS, "decoder", quick())
 
 
 def test_every_protection_at_every_strength_becomes_a_task() -> None:
@@ -27,6 +55,7 @@ def test_every_protection_at_every_strength_becomes_a_task() -> None:
     assert found == {(name, strength) for name, one in PROTECTIONS.items() for strength in one.strengths}
 
 
+@pytest.mark.usefixtures("quick_decoder")
 @pytest.mark.parametrize("protocol", list(PROTOCOLS))
 def test_every_protocol_trains_and_is_attacked(protocol: str) -> None:
     clients = 1 if protocol in ("unsplit", "u_shaped") else 2
@@ -40,10 +69,12 @@ def test_every_protocol_trains_and_is_attacked(protocol: str) -> None:
         (leak,) = outcome.leakage
         assert leak.advantage > 0.3  # a bottom after one epoch hides little
         assert leak.metrics["mse"] < leak.baselines["mse_mean_image"]
-        assert outcome.nbytes["up"]["activation"] == 800 * 32 * 8 * 8 * 4
-        assert outcome.nbytes["down"]["gradient"] >= 800 * 32 * 8 * 8 * 4
+        assert 0 < leak.baselines["mse_class_mean_image"] < leak.baselines["mse_mean_image"]
+        assert outcome.nbytes["up"]["activation"] == ACTIVATIONS
+        assert outcome.nbytes["down"]["gradient"] >= ACTIVATIONS
 
 
+@pytest.mark.usefixtures("quick_decoder")
 @pytest.mark.parametrize("name", [name for name in PROTECTIONS if name != "none"])
 def test_the_strongest_of_each_protection_crosses_the_whole_path(name: str) -> None:
     spec = f"{name}:{PROTECTIONS[name].strengths[-1]}"
@@ -52,7 +83,7 @@ def test_the_strongest_of_each_protection_crosses_the_whole_path(name: str) -> N
     assert outcome.leakage[0].details["best"]
     assert outcome.visible["server"]
     if name == "compression":
-        assert outcome.nbytes["up"]["activation"] < 0.1 * 800 * 32 * 8 * 8 * 4
+        assert outcome.nbytes["up"]["activation"] < 0.1 * ACTIVATIONS
 
 
 def test_tables_are_attacked_too() -> None:
@@ -118,10 +149,11 @@ def test_two_seeds_in_two_processes_end_in_a_report(tmp_path: Path) -> None:
     from experiments.report import build
 
     config = replace(TOY, protections=("none", "compression:int8"))
+    tasks = [replace(task, call=partial(quickly, task.call)) for task in tradeoff.tasks(config, Options(seeds=(0, 1)))]
     store = Store(tmp_path)
-    summary = run(tradeoff.tasks(config, Options(seeds=(0, 1))), store, jobs=2, progress=False)
+    summary = run(tasks, store, jobs=2, progress=False)
     assert (summary.done, summary.skipped, summary.failed) == (4, 0, 0)
-    again = run(tradeoff.tasks(config, Options(seeds=(0, 1))), store, jobs=2, progress=False)
+    again = run(tasks, store, jobs=2, progress=False)
     assert (again.done, again.skipped) == (0, 4)
     page = build(tmp_path).read_text()
     for name in ("results.csv", "tradeoff.png", "reconstructions.png"):
@@ -147,6 +179,24 @@ def test_two_seeds_in_two_processes_end_in_a_report(tmp_path: Path) -> None:
 def test_bad_options_end_before_any_work(change: dict, message: str) -> None:
     with pytest.raises((ValueError, LookupError), match=message):
         tradeoff.tasks(replace(TOY, **change), ONCE)
+
+
+def test_tokens_are_refused_by_what_cannot_read_them_and_trained_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens(name: str, data_dir: Path | None) -> Splits:
+        x, y = torch.randint(1, 9, (60, 12)), torch.arange(60) % 2
+        words = tuple(map(str, range(9)))
+        dataset = Dataset("words", x, y, 2, "tokens", torch.arange(60), names=words)
+        return split(dataset, private=20, auxiliary=20, test=20)
+
+    monkeypatch.setattr(tradeoff, "load_splits", tokens)
+    config = replace(TOY, protections=("none", "nopeek:1", "noise:0.3"))
+    message = "work on tokens, .* got attack decoder, protection nopeek; use --attacks '' --protections none,noise:0.3"
+    with pytest.raises(ValueError, match=message):
+        tradeoff.tasks(config, ONCE)
+    for task in tradeoff.tasks(replace(config, attacks=(), protections=("none", "noise:0.3")), ONCE):
+        outcome = task.call()
+        assert outcome.leakage == []
+        assert outcome.utility["accuracy"] >= 0
 
 
 def test_the_catalogue_describes_itself_in_one_line_each() -> None:

@@ -102,6 +102,9 @@ def test_mean_weighs_by_samples_and_leaves_integers_alone() -> None:
     assert average["n"] == 3
     assert average["n"] is not a["n"]
     assert mean([a, b], [0, 2])["w"].tolist() == [5.0, 6.0]
+    assert mean([a, b], [0, 2])["n"] == 9
+    diverged = {"w": torch.tensor([torch.nan, torch.inf]), "n": torch.tensor(0)}
+    assert mean([diverged, b, diverged], [0, 2, 0])["w"].tolist() == [5.0, 6.0]
 
 
 def test_mean_of_one_is_itself_and_n_over_total_times_w_to_the_bit() -> None:

@@ -83,6 +83,17 @@ def test_zcdp_of_one_release():
     assert not any("epsilon" in name for guard in (ClippedGaussian(1.0, 1.0), NoPeek(1.0)) for name in dir(guard))
 
 
+def test_half_precision_neither_overflows_nor_widens():
+    z = torch.full((1, 512), 6e4, dtype=torch.float16)  # its norm is over the greatest float16
+    sent = ClippedGaussian(1.0, 0.0).activation(z)
+    assert sent.dtype == torch.float16
+    assert sent.float().norm() == pytest.approx(1, abs=0.05)  # entries of .044 are spaced by 3e-5
+
+
+def test_an_activation_of_one_number_is_clipped():
+    assert ClippedGaussian(2.0, 0.0).activation(torch.tensor([1.0, -5.0])).tolist() == [1.0, -2.0]
+
+
 def test_what_cannot_be_protected():
     with pytest.raises(ValueError, match="1 entries that are nan or inf"):
         ClippedGaussian(1.0, 1.0).activation(torch.tensor([[1.0, float("nan")]]))

@@ -242,6 +242,38 @@ def test_advantages(advantage, expected):
     assert advantage == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: reconstruction_advantage(math.nan, 0.08),
+        lambda: reconstruction_advantage(0.02, math.nan),
+        lambda: accuracy_advantage(math.nan, 0.1),
+        lambda: accuracy_advantage(0.5, math.nan),
+        lambda: membership_advantage(math.nan),
+    ],
+)
+def test_a_score_that_is_no_number_is_not_called_no_leakage(make):
+    with pytest.raises(ValueError, match="scores that are numbers, got nan"):
+        make()
+
+
+def test_originals_that_are_not_finite_are_refused():
+    x = torch.rand(3, 4)
+    with pytest.raises(ValueError, match="expected finite originals"):
+        score_reconstruction(x.where(x != x[1, 1], math.inf), x, auxiliary_x=x)
+
+
+def test_distance_correlation_of_numbers_and_in_half_precision():
+    x, z = torch.rand(2, 32, generator=torch.Generator().manual_seed(0))
+    found = distance_correlation_squared(x, z)
+    assert torch.equal(found, distance_correlation_squared(x[:, None], z[:, None]))
+    for dtype in (torch.float16, torch.bfloat16):
+        coarse = [one.to(dtype) for one in (x, z)]
+        assert torch.equal(
+            distance_correlation_squared(*coarse), distance_correlation_squared(*map(torch.Tensor.float, coarse))
+        )
+
+
 def distances_by_hand(x):
     return [[math.dist(p, q) for q in x] for p in x]
 

@@ -440,8 +440,6 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     before = party.weights()
     with pytest.raises(ValueError, match=r"p: expected a finite loss, got nan at step 0; lower the learning rate"):
         party.learn(X * torch.nan, Y)
-    with pytest.raises(ValueError, match="finite loss, got nan"):
-        party.learn(X[:0], Y[:0])
     assert same(before, party.weights())
 
 
@@ -470,6 +468,33 @@ def test_an_input_that_does_not_fit() -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"type torch.float64"):
         party.forward(X.double())
+
+
+def test_a_stage_puts_out_one_tensor() -> None:
+    party = Learner("p", nn.Sequential(nn.LSTM(4, 3)))
+    for call in (party.forward, party.predict, lambda x: party.learn(x, Y)):
+        with pytest.raises(ValueError, match="p: expected a stage that puts out one tensor, got a tuple"):
+            call(X)
+
+
+def test_training_without_gradients_is_refused() -> None:
+    party = Learner("p", mlp())
+    for call in (party.forward, lambda x: party.learn(x, Y)):
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match=r"p: expected to train with gradients on, .*call predict"),
+        ):
+            call(X)
+    party.backward(torch.zeros_like(party.forward(X)))  # the turn is free
+
+
+def test_an_empty_batch_has_no_loss() -> None:
+    party = Learner("p", mlp())
+    assert party.forward(X[:0]).shape == (0, 3)
+    before = party.weights()
+    with pytest.raises(ValueError, match=r"at least one sample, got outputs of shape \(0, 3\); skip empty batches"):
+        party.learn(X[:0], Y[:0])
+    assert same(before, party.weights())
 
 
 def test_a_stage_that_overwrites_what_it_received() -> None:

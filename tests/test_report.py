@@ -11,14 +11,15 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from experiments.closing import closing_tables
 from experiments.figures import count, number, ratio, seconds, spread
 from experiments.gallery import gallery, strip
-from experiments.plots import styles
+from experiments.plots import leakage_note, styles
 from experiments.record import Leakage, Record, trial_hash
 from experiments.report import build
 from experiments.store import Store
 from experiments.summary import Setting, Spread, marks, pareto_front, summarise, utility_metric
-from experiments.tables import bytes_table, leakage_tables, results_table, seconds_table, visible_table
+from experiments.tables import bytes_table, leakage_tables, results_tables, seconds_table, visible_table
 
 GRID = (("none", "", 0.95, 0.9), ("noise", "0.5", 0.94, 0.7), ("noise", "2", 0.85, 0.4), ("nopeek", "1", 0.93, 0.8))
 HOSTILE = "<script>alert(1)</script>$x_{$"
@@ -159,6 +160,49 @@ def test_configurations_that_differ_in_more_than_the_seed_are_never_averaged():
     assert all(point.seeds == (0, 1) for point in points)
 
 
+def test_variants_are_told_apart_by_the_fewest_settings_however_deep():
+    deep = [
+        record("noise", "1", extra={"training": {"epochs": epochs, "lr": 0.1}, "attack": f"Decoder({epochs})"})
+        for epochs in (5, 20)
+    ]
+    long = [record("nopeek", "1", extra={"attacks": attacks}) for attacks in ({"a": "A" * 99}, {})]
+    assert sorted(point.variant for point in summarise(deep)) == ["epochs=20", "epochs=5"]
+    assert sorted(point.variant for point in summarise(long)) == [f"a={'A' * 23}…", "a=—"]
+
+
+def test_experiments_in_one_folder_are_told_apart():
+    compared = record(experiment="parity", leakage=0).model_copy(update={"leakage": [], "utility": {"gap": 0.0}})
+    points = summarise([record(), compared])
+    assert [point.setting.title for point in points] == [
+        "parity · digits · vanilla · cut relu1",
+        "tiny · digits · vanilla · cut relu1",
+    ]
+    assert [point.variant for point in points] == ["", ""]
+    parity, tiny = results_tables(points)
+    assert parity.columns == ("protection", "seeds", "gap")
+    assert tiny.columns == ("protection", "seeds", "accuracy", "worst leakage", "by")
+
+
+def test_the_caption_names_attacks_and_baselines():
+    assert leakage_note(summarise([record()])) == (
+        "Leakage: the worst of decoder, rmle; 0 is an attacker who saw nothing (baselines: class mean image, "
+        "mean image), 1 is everything."
+    )
+    assert leakage_note(summarise([record().model_copy(update={"leakage": []})])) == ""
+
+
+def test_a_run_without_attacks_ends_in_one_table_of_all_that_was_measured():
+    plain = {"leakage": [], "utility": {"accuracy": 0.9, "weights_difference": 1e-16}}
+    records = [record(protocol=name).model_copy(update=plain) for name in ("vanilla", "fedavg")]
+    (table,) = closing_tables(records)
+    assert [column.header for column in table.columns] == [
+        "setting", "seeds", "accuracy", "weights difference", "bytes", "train time",
+    ]  # fmt: skip
+    assert list(table.columns[0].cells) == ["fedavg", "vanilla"]
+    assert table.title == "digits · cut relu1 · unprotected"
+    assert list(table.columns[3].cells) == ["1.0e-16", "1.0e-16"]
+
+
 def test_marks_need_both_figures_and_stay_within_their_setting():
     records = [record(cut="relu1"), record(cut="relu2"), record("noise", "1").model_copy(update={"leakage": []})]
     panels = marks(summarise(records), "accuracy")
@@ -183,7 +227,7 @@ def test_figures_read_well():
 def test_tables_put_figures_beside_their_baselines_and_ratios():
     records = [record(), record("noise", "1", nbytes={"up": {"activation": 16192}}, seconds={"train": 3.0})]
     points = summarise(records)
-    results = results_table(points)
+    (results,) = results_tables(points)
     assert results.columns == ("protection", "seeds", "accuracy", "worst leakage", "by")
     assert results.rows[0] == ("unprotected", "1", "0.900", "0.500", "decoder")
     (leakage,) = leakage_tables(points)
@@ -192,7 +236,7 @@ def test_tables_put_figures_beside_their_baselines_and_ratios():
     assert [row[-1] for row in bytes_table(points).rows] == ["1.00×", "2.00×"]
     assert [row[-2:] for row in seconds_table(points).rows] == [("1.00×", "300 MB"), ("1.50×", "300 MB")]
     assert visible_table(points).rows == (("server", "activations at relu1; labels", "unprotected, noise 1"),)
-    proved = results_table(summarise([record(epsilon=2.0)]))
+    (proved,) = results_tables(summarise([record(epsilon=2.0)]))
     assert proved.rows[0][proved.columns.index("ε")] == "2.000"
 
 
@@ -272,7 +316,7 @@ def test_records_without_leakage_or_images_make_a_report_without_them(tmp_path):
     plain = {"leakage": [], "nbytes": {}, "seconds": {}, "visible": {}, "utility": {"largest_difference": 0.0}}
     Store(tmp_path).save(record().model_copy(update=plain))
     text = build(tmp_path).read_text()
-    assert "No trial measured both utility and leakage" in text
+    assert "Nothing was attacked" in text
     assert "largest difference" in text
     assert "<script" not in text
     assert not (tmp_path / "tradeoff.png").exists()

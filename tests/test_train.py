@@ -253,6 +253,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         ({"patience": 1, "validate": lambda: 0.0}, "patience needs validate=…, state=…"),
         ({"patience": 0, "validate": lambda: 0.0, "state": {"it": Counter()}}, "at least one epoch of patience"),
         ({"checkpoint": Path("never")}, "a checkpoint needs state"),
+        ({"state": {"it": Counter(), "far": wire(Learner("p", nn.Identity())).party}}, "state=…, got far without one"),
         ({"validate": lambda: float("nan")}, "expected validate.. to return a score, got nan after epoch 1"),
     ],
 )

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -238,6 +239,33 @@ def test_an_error_reply_of_any_type_is_a_value_error():
         reply = encode(Message("error", {"error": tensor}))
         with pytest.raises(ValueError):
             Framed(lambda _, reply=reply: reply).request(learn(1))
+
+
+def test_an_error_reply_is_one_line_of_bounded_length():
+    text = torch.frombuffer(bytearray(b"it\n\x1f is\r\n" + b"long " * 10**5), dtype=torch.uint8)
+    reply = encode(Message("error", {"error": text}))
+    with pytest.raises(ValueError, match=r"^it is long long ") as caught:
+        Framed(lambda _: reply).request(learn(1))
+    assert len(str(caught.value)) <= 10_000
+    assert "\n" not in str(caught.value)
+
+
+def test_transcript_and_meter_count_what_several_threads_send():
+    sessions = {str(number): Learner(str(number), nn.Identity()) for number in range(4)}
+    record = Recorded(Service(sessions), max_nbytes=10_000)
+    meter = Metered(serve(record))
+    remotes = [Remote(name, Framed(meter), name) for name in sessions]
+
+    def ask(remote: Remote) -> None:
+        for _ in range(50):
+            remote.predict(torch.zeros(10))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, remotes))
+    assert meter.frames == 400
+    assert meter.nbytes["up"]["activation"] == 200 * 40
+    assert record.dropped + len(record.exchanges) == 200
+    assert len(record.exchanges) == 10_000 // 80
 
 
 @pytest.mark.parametrize(

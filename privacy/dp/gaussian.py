@@ -15,7 +15,9 @@ __all__ = ["ClippedGaussian"]
 class ClippedGaussian(Guard):
     """Sends each activation scaled down to an L2 norm of at most ``clip``, plus Gaussian noise on every entry.
 
-    - Adjacency: one sample is replaced by any other. The mechanism is local: each release depends on one sample.
+    - Adjacency: one sample is replaced by any other. The mechanism is local: each release depends on one sample. So
+      nothing below may mix samples: batch norm in training does (one replaced sample then moves every row of the
+      batch, further than the sensitivity), and voids the proof.
     - Sensitivity: 2 · ``clip`` in L2, since any two clipped activations lie in one ball of that radius.
     - Noise: N(0, ``std``²) with ``std`` = ``noise_multiplier`` · 2 · ``clip``, drawn anew for every release.
     - Protects: what one release tells about the sample behind it, from whoever reads the wire.
@@ -24,8 +26,11 @@ class ClippedGaussian(Guard):
       keeps no account and claims no ε for a training run.
 
     ``noise_multiplier`` 0 clips only and protects nothing. The gradient runs through the clipping, so that
-    training and an adaptive attack do, too. The noise is floating-point: its lowest bits are no part of the proof
-    (Mironov 2012, "On significance of the least significant bits for differential privacy").
+    training and an adaptive attack do, too. The noise is floating-point: its lowest bits, and the rounding of the
+    clipped norm, are no part of the proof (Mironov 2012, "On significance of the least significant bits for
+    differential privacy"). Nor is torch's generator, which no cryptographer made: it starts from the ``seed`` and the
+    name of its ``Learner``, and who knows both draws the same noise and takes it off again. Keep the seed secret
+    outside of experiments.
     """
 
     clip: float
@@ -64,7 +69,9 @@ class ClippedGaussian(Guard):
                 f"expected finite activations of a floating-point type, got {z.dtype} with "
                 f"{int((~torch.isfinite(z)).sum())} entries that are nan or inf; lower the learning rate"
             )
-        # A guarded norm: that of a row of zeros has no gradient, and clipping leaves such a row as it is.
-        norms = z.flatten(1).norm(dim=1).clamp(min=self.clip)
-        clipped = z * (self.clip / norms).reshape(-1, *[1] * (z.ndim - 1))
+        # A guarded norm: that of a row of zeros has no gradient, and clipping leaves such a row as it is. Squares
+        # overflow in half precision.
+        rows = z.unsqueeze(-1).flatten(1)
+        norms = (rows if z.dtype is torch.float64 else rows.float()).norm(dim=1).clamp(min=self.clip)
+        clipped = z * (self.clip / norms).to(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
         return clipped + self.std * torch.randn_like(clipped)
