@@ -22,7 +22,7 @@ class NoPeek(Guard):
 
     Deviations from the paper: the estimator is bias-corrected and thus near 0 at independence, where the paper's
     reads close to 1 in many dimensions; it can be slightly below 0; and no logarithm is taken of it. A batch of
-    fewer than 4 samples has no such estimator and adds no penalty (the last one of an epoch may be as short).
+    fewer than 4 samples has no such estimator, and is an error.
     """
 
     weight: float
@@ -32,7 +32,10 @@ class NoPeek(Guard):
             raise ValueError(f"expected a finite weight of 0 or more, got {self.weight}; for example NoPeek(1.0)")
 
     def penalty(self, x: Tensor, z: Tensor) -> Tensor | None:
-        """Return the penalty, a scalar, or None for fewer than 4 samples; tokens raise ``ValueError``."""
+        """Return the penalty, a scalar; fewer than 4 samples and tokens raise ``ValueError``."""
         if len(x) < SMALLEST_BATCH:
-            return None
+            raise ValueError(
+                f"expected at least {SMALLEST_BATCH} samples in a batch for NoPeek, got {len(x)}; use larger batches, "
+                "or leave out a short last one by drop_last=True"
+            )
         return self.weight * distance_correlation_squared(x, z)

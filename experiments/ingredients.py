@@ -72,6 +72,6 @@ PROTOCOLS: dict[str, Protocol] = {
     "splitfed_v3": Protocol(setups.train_splitfed_v3),
     "parallel": Protocol(setups.train_parallel),
     "vertical": Protocol(setups.train_vertical),
-    "fedavg": Protocol(setups.train_fedavg),
-    "unsplit": Protocol(setups.train_unsplit),
+    "fedavg": Protocol(setups.train_fedavg, activations_cross=False),
+    "unsplit": Protocol(setups.train_unsplit, activations_cross=False),
 }

@@ -58,6 +58,7 @@ class Protocol:
     """A way to train; ``train(training, splits, shield)`` runs it and returns what the evaluation needs."""
 
     train: Callable[..., Any]
+    activations_cross: bool = True
 
     @property
     def summary(self) -> str:

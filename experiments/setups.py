@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from experiments.parts import Shield
 from experiments.training import Trained, Training, build_model, optimizer_for
+from splitlearn.codecs import through
 from splitlearn.cut import cut
 from splitlearn.data import Splits, partition
 from splitlearn.federation import (
@@ -28,6 +29,7 @@ from splitlearn.federation import (
     splitfed_v2_round,
     splitfed_v3_round,
 )
+from splitlearn.frames import Codec
 from splitlearn.party import Features, Learner
 from splitlearn.protocols import Join, u_shaped, vertical
 from splitlearn.remote import Remote, Wire, wire
@@ -165,14 +167,14 @@ def train_vertical(training: Training, splits: Splits, shield: Shield) -> Traine
     step = partial(vertical, server, remote, join=joined)
     losses = fit(epochs_of(step, batches), epochs=training.epochs).losses
     side = SideBySide([one.stage for one in learners], columns, joined)
-    guarded = SideBySide([Encoder(one.stage, one.guard) for one in learners], columns, joined)
-    encoder = Encoder(guarded, None, shield.codec)
+    paths = [Encoder(one.stage, one.guard, shield.codec) for one in learners]  # each part is packed on its own wire
+    encoder = Encoder(SideBySide(paths, columns, joined))
     visible = {
         "server": ["each client's activation of every sample, in training and prediction", "the labels, its own"],
         "each client": ["gradients at its cut", "which samples are in a batch"],
     }
-    seen = wire(server, shield.codec)  # joined, the parts are what the server reads of each client
-    chain: list[Predictor] = [_Together(learners, columns, joined), seen.party]
+    seen = wire(server)  # what it reads are the parts, which have crossed their clients' wires by then
+    chain: list[Predictor] = [_Together(learners, columns, joined, shield.codec), seen.party]
     whole_model = nn.Sequential(side, top)
     return Trained(
         chain, whole_model, losses, _counted(meters), visible, splits.private.x, splits.private.y, encoder, seen.record
@@ -194,12 +196,14 @@ class SideBySide(nn.Module):
 class _Together:
     """Several vertical clients asked as one for a prediction, each on its columns of ``x``."""
 
-    def __init__(self, learners: Sequence[Learner], columns: Sequence[Tensor], joined: Join):
+    def __init__(self, learners: Sequence[Learner], columns: Sequence[Tensor], joined: Join, codec: Codec | None):
         self.name, self._learners, self._columns, self._joined = "clients", learners, columns, joined
+        self._codec = codec
 
     def predict(self, x: Tensor) -> Tensor:
         """Return the joined activation that the clients send for ``x``."""
-        return self._joined([one.predict(x[..., own]) for one, own in zip(self._learners, self._columns, strict=True)])
+        sent = [one.predict(x[..., own]) for one, own in zip(self._learners, self._columns, strict=True)]
+        return self._joined([z if self._codec is None else through(self._codec, z) for z in sent])
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ class Config:
     )
     attacks: tuple[str, ...] = field(default=("rmle", "decoder"), metadata={"help": "attacks on the activations"})
     targets: int = field(default=100, metadata={"help": "private samples that are attacked"})
+    releases: int = field(
+        default=1, metadata={"help": "how often each target crosses, under fresh noise; the attacker averages"}
+    )
     clients: int = field(default=1, metadata={"help": "clients among which the private data is divided"})
     epochs: int = field(default=15, metadata={"help": "epochs, or rounds, of training"})
     batch_size: int = field(default=32, metadata={"help": "samples in a batch"})
@@ -57,6 +60,7 @@ class Trial:
     strength: str
     attacks: tuple[str, ...]
     targets: int
+    releases: int
 
     def shield(self) -> Shield:
         """Return the client's protection."""
@@ -69,6 +73,7 @@ class Trial:
         return {
             "data": self.data,
             "sizes": {"private": private, "auxiliary": auxiliary, "test": test, "targets": self.targets},
+            "releases": self.releases,
             "seed": self.training.seed,
             "training": {name: value for name, value in asdict(self.training).items() if name != "seed"},
             "protection": {"name": self.protection, "strength": self.strength, "guard": repr(shield.guard)}
@@ -89,8 +94,8 @@ def tasks(config: Config, options: Options) -> list[Task]:
     for name in config.protocols:
         find("protocol", name, PROTOCOLS)
     protections = [pair for spec in config.protections for pair in _strengths(spec)]
-    if config.targets < 1:
-        raise ValueError(f"expected at least one target, got {config.targets}")
+    if config.targets < 1 or config.releases < 1:
+        raise ValueError(f"expected at least one target and one release, got {config.targets} and {config.releases}")
     device = device_of(options.device)
     splits = load_splits(options.data, options.data_dir)  # absent or damaged data ends here, before any work
     _check_inputs(config, protections, splits.private)
@@ -103,8 +108,10 @@ def tasks(config: Config, options: Options) -> list[Task]:
         for place in _cuts(config.cuts, splits):
             for seed in options.seeds:
                 training = replace(base, protocol=protocol, cut=place, seed=seed)
-                for protection, strength in protections:
-                    trial = Trial(options.data, training, protection, strength, config.attacks, config.targets)
+                for protection, strength in _applicable(protocol, protections):
+                    trial = Trial(
+                        options.data, training, protection, strength, config.attacks, config.targets, config.releases
+                    )
                     spec = f"{protection}:{strength}" if strength else protection
                     alone = replace(config, protocols=(protocol,), cuts=(place,), protections=(spec,))
                     command = reproduction("tradeoff", alone, data=options.data, device=device, seed=seed)
@@ -133,13 +140,15 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     else:
         x, y = trained.victim_x[: trial.targets], trained.victim_y[: trial.targets]
         trained.record.clear()
-        predict(trained.chain, x)
+        for _ in range(trial.releases):
+            predict(trained.chain, x)
         for name in trial.attacks:
             start = time.perf_counter()
-            leak, x_hat = attacked(name, ATTACKS[name], trained, splits, x, y, seed=trial.training.seed)
+            attack = replace(ATTACKS[name], threat=replace(ATTACKS[name].threat, releases=trial.releases))
+            leak, x_hat = attacked(name, attack, trained, splits, x, y, training=trial.training)
             seconds[f"attack_{name}"] = time.perf_counter() - start
             leakage.append(leak)
-            visible[f"attacker ({name})"] = ATTACKS[name].threat.in_words()
+            visible[f"attacker ({name})"] = attack.threat.in_words()
             if x.ndim == 4:
                 images |= {"original": x[:SHOWN].cpu(), name: x_hat[:SHOWN].cpu()}
     return Outcome(
@@ -149,7 +158,7 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
 
 
 def attacked(
-    name: str, attack: Attack, trained: Trained, splits: Splits, x: Tensor, y: Tensor, *, seed: int
+    name: str, attack: Attack, trained: Trained, splits: Splits, x: Tensor, y: Tensor, *, training: Training
 ) -> tuple[Leakage, Tensor]:
     """Return what the best member of an attack's family got of the private inputs ``x``, and its estimate.
 
@@ -157,13 +166,13 @@ def attacked(
     the baseline of the class-mean image alone: the advantage is over the mean image.
     """
     assert trained.record is not None
-    auxiliary = splits.auxiliary.x.to(x.device)
-    grants = Grants(trained.encoder, auxiliary)
-    view = observe(trained.record, threat=attack.threat, grants=grants)
-    results = {member: one(view) for member, one in attack.build(_aim(splits, seed)).items()}
+    auxiliary = splits.auxiliary
+    grants = Grants(trained.encoder, auxiliary.x.to(training.device))
+    view = observe(trained.record, threat=attack.threat, grants=grants, device=training.device)
+    results = {member: one(view) for member, one in attack.build(_aim(splits, training.seed)).items()}
     scores = {
         member: score_reconstruction(
-            x, result.x_hat.to(x.device), auxiliary_x=auxiliary, y=y, auxiliary_y=splits.auxiliary.y.to(x.device)
+            x, result.x_hat.to(x.device), auxiliary_x=auxiliary.x, y=y, auxiliary_y=auxiliary.y
         )
         for member, result in results.items()
     }
@@ -189,6 +198,17 @@ def _strengths(spec: str) -> list[tuple[str, str]]:
     for one in strengths:
         protection.build(one)  # a strength that it cannot have is an error now, not in the middle
     return [(name, one) for one in strengths]
+
+
+def _applicable(protocol: str, protections: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the protections that can do something: where no activation crosses, none of them."""
+    if PROTOCOLS[protocol].activations_cross:
+        return protections
+    if ("none", "") not in protections:
+        raise ValueError(
+            f"no activation crosses under {protocol}, so these protections would do nothing; add none to --protections"
+        )
+    return [("none", "")]
 
 
 def _check_inputs(config: Config, protections: list[tuple[str, str]], private: Dataset) -> None:

@@ -7,17 +7,19 @@ from splitlearn.federation import (
     Member,
     RemoteMember,
     apart_round,
+    batch_norm_entries,
     fedavg_round,
     in_turn_round,
     mean,
     parallel_round,
+    sample,
     splitfed_v1_round,
     splitfed_v2_round,
     splitfed_v3_round,
 )
 from splitlearn.frames import Kind, Message, decode, encode
 from splitlearn.party import Features, Guard, Guards, Learner, Party
-from splitlearn.protocols import concatenated, parallel, summed, u_shaped, vanilla, vertical
+from splitlearn.protocols import Joined, concatenated, parallel, summed, u_shaped, vanilla, vertical
 from splitlearn.remote import Remote, wire
 from splitlearn.service import Service
 from splitlearn.threat import Encoder, Grants, Threat, View, observe
@@ -28,9 +30,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batches", "Emulated", "Encoder", "ErrorFeedback", "Features", "Float16", "Framed", "Grants", "Guard", "Guards",
-    "Int8", "Kind", "Learner", "Member", "Message", "Metered", "Party", "Recorded", "Remote", "RemoteMember",
-    "Service", "Threat", "TopK", "Transport", "View", "Zstd", "apart_round", "concatenated", "cut", "decode", "encode",
-    "epochs_of", "evaluate", "fedavg_round", "fit", "in_turn_round", "join", "load_checkpoint", "mean", "observe",
-    "parallel", "parallel_round", "predict", "save_checkpoint", "serve", "splitfed_v1_round", "splitfed_v2_round",
-    "splitfed_v3_round", "summed", "u_shaped", "vanilla", "vertical", "wire",
+    "Int8", "Joined", "Kind", "Learner", "Member", "Message", "Metered", "Party", "Recorded", "Remote", "RemoteMember",
+    "Service", "Threat", "TopK", "Transport", "View", "Zstd", "apart_round", "batch_norm_entries", "concatenated",
+    "cut", "decode", "encode", "epochs_of", "evaluate", "fedavg_round", "fit", "in_turn_round", "join",
+    "load_checkpoint", "mean", "observe", "parallel", "parallel_round", "predict", "sample", "save_checkpoint", "serve",
+    "splitfed_v1_round", "splitfed_v2_round", "splitfed_v3_round", "summed", "u_shaped", "vanilla", "vertical", "wire",
 ]  # fmt: skip

@@ -242,7 +242,7 @@ def _collect(
     for member in members:
         try:
             results[member.name] = member.round(weights)
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             dropped.append(member.name)
     return results, dropped
 

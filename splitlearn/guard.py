@@ -37,6 +37,11 @@ class Guard:
         """Return a scalar added to the loss of the party that sends ``z`` for its input ``x``, or None."""
         return None
 
+    @property
+    def penalises(self) -> bool:
+        """Whether this guard adds a penalty to the loss of a party that sends activations."""
+        return type(self).penalty is not Guard.penalty
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must carry: tensors, numbers, strings and dicts of them."""
         return {}
@@ -76,6 +81,11 @@ class Guards(Guard):
         """Return the sum of the guards' penalties, or None where none has one."""
         terms = [term for guard in self.guards if (term := guard.penalty(x, z)) is not None]
         return sum(terms[1:], start=terms[0]) if terms else None
+
+    @property
+    def penalises(self) -> bool:
+        """Whether one of the guards does."""
+        return any(guard.penalises for guard in self.guards)
 
     def state_dict(self) -> dict[str, Any]:
         """Return each guard's state under its position."""

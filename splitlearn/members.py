@@ -18,7 +18,7 @@ Weights = dict[str, Tensor]
 
 
 class FedMember(Protocol):
-    """What takes part in a round. One that cannot be reached raises ``ConnectionError`` and is left out."""
+    """What takes part in a round. One that raises ``ConnectionError`` or ``TimeoutError`` is left out."""
 
     name: str
 

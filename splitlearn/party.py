@@ -115,6 +115,11 @@ class Learner:
                 f"{self.name}: expected a gradient of shape {tuple(sent.shape)}, got {tuple(g.shape)}; "
                 "return the gradient of the activation that was sent"
             )
+        if not (g.is_floating_point() and torch.isfinite(g).all()):
+            raise ValueError(
+                f"{self.name}: expected a finite floating-point gradient, got {g.dtype} with nan or inf, or of another "
+                "type; the party above has diverged, or lies"
+            )
         self._pending = None
         try:
             with self._rng.own(x.device):
@@ -133,6 +138,11 @@ class Learner:
     def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the mean loss and, if ``z`` asks for it, its guarded gradient, after one optimizer step."""
         self._check_gradients_on()
+        if self.guard.penalises:
+            raise ValueError(
+                f"{self.name}: expected a guard without a penalty on a party that learns, got {self.guard!r}; put it "
+                "on the party that sends the activation"
+            )
         self._turn.take(self)
         try:
             z = self._leaf(z)
@@ -268,6 +278,10 @@ class Learner:
             raise ValueError(
                 f"{self.name}: expected a batch of at least one sample, got outputs of shape {tuple(output.shape)}; "
                 "skip empty batches, which have no mean loss"
+            )
+        if self.loss is cross_entropy and bool((y == -100).any()):
+            raise ValueError(  # which torch would leave out without a word
+                f"{self.name}: expected labels of 0 or more, got -100; leave out samples without a label"
             )
         try:
             loss = self.loss(output, y)

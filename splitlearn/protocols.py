@@ -11,7 +11,7 @@ from torch import Tensor
 from splitlearn.party import Party
 from splitlearn.remote import Remote
 
-__all__ = ["Join", "concatenated", "parallel", "summed", "u_shaped", "vanilla", "vertical"]
+__all__ = ["Join", "Joined", "concatenated", "parallel", "summed", "u_shaped", "vanilla", "vertical"]
 
 Join = Callable[[Sequence[Tensor]], Tensor]
 
@@ -55,6 +55,17 @@ def vertical(owner: Party, clients: Sequence[Party], ids: Tensor, y: Tensor, *, 
     gradients = torch.autograd.grad(joined, parts, _needed(g, owner))
     _at_once(clients, [partial(client.backward, part) for client, part in zip(clients, gradients, strict=True)])
     return loss
+
+
+class Joined:
+    """The clients of ``vertical`` asked as one, for ``predict`` and ``evaluate``: [Joined(clients, join), owner]."""
+
+    def __init__(self, clients: Sequence[Party], join: Join):
+        self.name, self._clients, self._join = "joined", list(clients), join
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Return the joined activations of the samples numbered ``x``."""
+        return self._join(_at_once(self._clients, [partial(client.predict, x) for client in self._clients]))
 
 
 def parallel(clients: Sequence[Party], server: Party, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -31,8 +31,11 @@ class Threat:
     queries: bool = False  # may send own inputs through the victim's path and see what crosses
     auxiliary: bool = False  # samples of its own from the same distribution, disjoint from the private ones
     auxiliary_labels: bool = False  # and their labels
+    releases: int = 1  # how often each private sample crosses anew; the adversary averages them
 
     def __post_init__(self) -> None:
+        if self.releases < 1:
+            raise ValueError(f"expected at least one release of each sample, got {self.releases}")
         if unknown := sorted(str(kind) for kind in self.sees if kind not in set(Kind)):
             raise ValueError(f"expected kinds among {', '.join(Kind)}; got {', '.join(unknown)}")
         object.__setattr__(self, "sees", frozenset(Kind(kind) for kind in self.sees))
@@ -53,6 +56,7 @@ class Threat:
         if self.auxiliary:
             labelled = "labelled" if self.auxiliary_labels else "unlabelled"
             knows.append(f"{labelled} samples of its own, disjoint from the private ones")
+        knows.append("one release of each sample" if self.releases == 1 else f"the mean of {self.releases} releases")
         return knows
 
 
@@ -61,7 +65,8 @@ class Encoder(nn.Module):
 
     It is a copy, which later training does not move, and stays in evaluation mode inside a module that trains. It is
     differentiable in its input (codecs by the identity), so that an adaptive attack can train through the
-    protection that it must beat. A guard's noise is drawn anew at every call.
+    protection that it must beat. A guard's noise is drawn anew at every call, and where an adversary averages several
+    ``releases`` of a sample, as often.
     """
 
     def __init__(self, stage: nn.Module, guard: Guard | None = None, codec: Codec | None = None):
@@ -69,14 +74,18 @@ class Encoder(nn.Module):
         self.stage = copy.deepcopy(stage).eval().requires_grad_(False)
         self.guard = copy.deepcopy(guard) if guard is not None else Guard()
         self.codec = codec
+        self.releases = 1
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what crosses for ``x``, batch first."""
-        z = self.guard.activation(self.stage(x))
-        if self.codec is None or Kind.ACTIVATION not in self.codec.kinds:
-            return z
-        return through(self.codec, z)
+        z = self.stage(x)
+        sent = [self._released(z) for _ in range(self.releases)]
+        return sent[0] if self.releases == 1 else torch.stack(sent).mean(0)
+
+    def _released(self, z: Tensor) -> Tensor:
+        z = self.guard.activation(z)
+        return z if self.codec is None or Kind.ACTIVATION not in self.codec.kinds else through(self.codec, z)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode, as the victim answers."""
@@ -112,7 +121,7 @@ class View:
         return found
 
     def activations(self, *, verb: str = "predict") -> Tensor:
-        """Return the activations that crossed in one verb's requests, as one batch."""
+        """Return the activations that crossed in one verb's requests, as one batch; averaged over the releases."""
         self._check_seen(Kind.ACTIVATION)
         requests = [exchange.request for exchange in self.exchanges if exchange.request.verb == verb]
         found = [tensor for request in requests for tensor in _of_kind(request, Kind.ACTIVATION)]
@@ -120,7 +129,13 @@ class View:
             raise LookupError(
                 f"this attack reads activations of {verb!r} requests, and none crossed; record the wire while they do"
             )
-        return torch.cat(found)
+        z, releases = torch.cat(found), self.threat.releases
+        if len(z) % releases:
+            raise LookupError(
+                f"this threat averages {releases} releases of each sample, and {len(z)} activations crossed, which do "
+                "not divide evenly; record the same samples as often, in the same order"
+            )
+        return z.unflatten(0, (releases, -1)).mean(0) if releases > 1 else z
 
     @property
     def encoder(self) -> Encoder:
@@ -160,8 +175,13 @@ class View:
             )
 
 
-def observe(*recorded: Recorded, threat: Threat, grants: Grants | None = None) -> View:
-    """Return the view of one adversary: the wires that it reads, filtered by its threat, and what it is granted."""
+def observe(
+    *recorded: Recorded, threat: Threat, grants: Grants | None = None, device: torch.device | str | None = None
+) -> View:
+    """Return the view of one adversary: the wires that it reads, filtered by its threat, and what it is granted.
+
+    What crossed is on the CPU, as decoded, or on ``device``.
+    """
     if not recorded:
         raise LookupError("expected a recorded wire, got none: no wire, no view; put the party behind wire(party)")
     if other := [type(one).__name__ for one in recorded if not isinstance(one, Recorded)]:
@@ -170,19 +190,23 @@ def observe(*recorded: Recorded, threat: Threat, grants: Grants | None = None) -
         raise LookupError(
             f"expected the whole transcript, {dropped} exchanges were dropped; raise Recorded(max_nbytes=…)"
         )
-    exchanges = tuple(_filtered(exchange, threat.sees) for one in recorded for exchange in one.exchanges)
+    exchanges = tuple(_filtered(exchange, threat.sees, device) for one in recorded for exchange in one.exchanges)
     given = grants if grants is not None else Grants()
+    encoder = copy.copy(given.encoder) if threat.white_box or threat.queries else None
+    if encoder is not None:
+        encoder.releases = threat.releases
     handed = Grants(
-        given.encoder if threat.white_box or threat.queries else None,
+        encoder,
         given.auxiliary_x if threat.auxiliary else None,
         given.auxiliary_y if threat.auxiliary_labels else None,
     )
     return View(threat, exchanges, handed)
 
 
-def _filtered(exchange: Exchange, kinds: frozenset[Kind]) -> Exchange:
+def _filtered(exchange: Exchange, kinds: frozenset[Kind], device: torch.device | str | None) -> Exchange:
     def kept(message: Message) -> Message:
-        return replace(message, tensors={k: t for k, t in message.tensors.items() if Kind.of(k) in kinds})
+        seen = {key: tensor for key, tensor in message.tensors.items() if Kind.of(key) in kinds}
+        return replace(message, tensors=seen if device is None else {key: t.to(device) for key, t in seen.items()})
 
     return Exchange(kept(exchange.request), kept(exchange.reply))
 

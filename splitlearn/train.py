@@ -159,7 +159,7 @@ def evaluate(chain: Sequence[Predictor], x: Tensor, y: Tensor, *, batch_size: in
     """Return accuracy, macro-F1 and, where defined, AUC of the parties' joint prediction on (x, y)."""
     from splitlearn.metrics import utility
 
-    return utility(predict(chain, x, batch_size=batch_size), y)
+    return utility(predict(chain, x, batch_size=batch_size).to(y.device), y)
 
 
 def _states(holders: Mapping[str, Stateful]) -> dict[str, Any]:

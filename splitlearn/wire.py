@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from splitlearn.frames import Codec, Kind, Message, decode, encode, frame_nbytes
+from splitlearn.frames import MAX_NBYTES, Codec, Kind, Message, decode, encode, frame_nbytes
 
 __all__ = ["Carrier", "Emulated", "Exchange", "Framed", "Metered", "Recorded", "Transport", "serve"]
 
@@ -73,21 +73,24 @@ class Recorded:
 
 
 class Framed:
-    """A transport whose messages really become frames on a carrier, packed by ``codec``."""
+    """A transport whose messages really become frames on a carrier, packed by ``codec``.
 
-    def __init__(self, carrier: Carrier, codec: Codec | None = None):
-        self._carrier, self._codec = carrier, codec
+    A reply whose tensors take more than ``max_nbytes``, packed or not, is an error.
+    """
+
+    def __init__(self, carrier: Carrier, codec: Codec | None = None, *, max_nbytes: int = MAX_NBYTES):
+        self._carrier, self._codec, self._max_nbytes = carrier, codec, max_nbytes
 
     def request(self, message: Message) -> Message:
         """Send the message as a frame and return the decoded reply; an error on the other end is raised here."""
-        reply = decode(self._carrier(encode(message, self._codec)), self._codec)
+        reply = decode(self._carrier(encode(message, self._codec)), self._codec, max_nbytes=self._max_nbytes)
         if Kind.ERROR in reply.tensors:
             text = bytes(reply.tensors[Kind.ERROR].flatten()[:MAX_ERROR_NBYTES].to(torch.uint8).tolist())
             raise ValueError(" ".join(text.decode(errors="replace").split()))  # one line, whatever the other end says
         return reply
 
 
-def serve(transport: Transport, codec: Codec | None = None) -> Carrier:
+def serve(transport: Transport, codec: Codec | None = None, *, max_nbytes: int = MAX_NBYTES) -> Carrier:
     """Return a carrier that decodes each frame, has it answered, and encodes the reply; errors travel as text.
 
     A reply that comes a second time is the same frame, so that a codec with a memory packs it once.
@@ -96,7 +99,7 @@ def serve(transport: Transport, codec: Codec | None = None) -> Carrier:
 
     def carry(frame: bytes) -> bytes:
         try:
-            reply = transport.request(decode(frame, codec))
+            reply = transport.request(decode(frame, codec, max_nbytes=max_nbytes))
             before, sent = last.get(reply.session, (None, b""))
             if reply is not before:
                 sent = encode(reply, codec)

@@ -22,6 +22,8 @@ from experiments.runner import Outcome, run
 from experiments.store import Store
 from experiments.training import Training, load_splits
 from splitlearn.data import Dataset, Splits, split
+from splitlearn.threat import Grants, Threat, observe
+from splitlearn.train import predict
 
 ACTIVATIONS = 800 * 32 * 8 * 8 * 4  # bytes that cross in an epoch of the digits CNN, cut after its second block
 TOY = tradeoff.Config(epochs=1, targets=4, attacks=("decoder",), protections=("none",))
@@ -84,6 +86,37 @@ def test_the_strongest_of_each_protection_crosses_the_whole_path(name: str) -> N
     assert outcome.visible["server"]
     if name == "compression":
         assert outcome.nbytes["up"]["activation"] < 0.1 * ACTIVATIONS
+
+
+@pytest.mark.parametrize("protocol", [name for name, one in PROTOCOLS.items() if one.activations_cross])
+def test_the_encoder_is_what_the_server_reads_to_the_bit(protocol: str) -> None:
+    splits = load_splits("digits", None)
+    training = Training(protocol=protocol, epochs=1, clients=1 if protocol == "u_shaped" else 2)
+    trained = PROTOCOLS[protocol].train(training, splits, PROTECTIONS["compression"].build("int8"))
+    assert trained.record is not None
+    trained.record.clear()
+    predict(trained.chain, trained.victim_x[:20])
+    grants = Grants(trained.encoder)
+    view = observe(trained.record, threat=Threat(white_box=True), grants=grants)
+    assert torch.equal(view.activations(), view.query(trained.victim_x[:20]))
+
+
+def test_protections_of_what_does_not_cross_are_not_claimed() -> None:
+    config = replace(TOY, protocols=("fedavg", "vanilla"), protections=("none", "noise:0.1"))
+    found = [(task.labels["protocol"], task.labels["protection"]) for task in tradeoff.tasks(config, ONCE)]
+    assert found == [("fedavg", "none"), ("vanilla", "none"), ("vanilla", "noise")]
+    with pytest.raises(ValueError, match="no activation crosses under fedavg"):
+        tradeoff.tasks(replace(config, protections=("noise:0.1",)), ONCE)
+
+
+@pytest.mark.usefixtures("quick_decoder")
+def test_noise_drawn_anew_is_averaged_away() -> None:
+    config = replace(TOY, protections=("noise:0.1",), targets=20, cuts=("relu1",))
+    once, often = (
+        tradeoff.tasks(replace(config, releases=releases), ONCE)[0].call().leakage[0].metrics["mse"]
+        for releases in (1, 16)
+    )
+    assert often < 0.8 * once
 
 
 def test_tables_are_attacked_too() -> None:

@@ -116,8 +116,9 @@ def test_nopeek_adds_the_weighted_distance_correlation():
 
 
 @pytest.mark.parametrize("num", [1, 2, 3])
-def test_nopeek_has_no_penalty_for_a_batch_without_an_estimator(num):
-    assert NoPeek(1.0).penalty(torch.rand(num, 5), torch.rand(num, 2)) is None
+def test_nopeek_refuses_a_batch_without_an_estimator(num):
+    with pytest.raises(ValueError, match=f"at least 4 samples in a batch for NoPeek, got {num}"):
+        NoPeek(1.0).penalty(torch.rand(num, 5), torch.rand(num, 2))
     assert NoPeek(1.0).penalty(torch.rand(4, 5), torch.rand(4, 2)) is not None
 
 

@@ -669,3 +669,31 @@ def test_features_looks_its_own_rows_up() -> None:
 def test_sample_numbers_that_are_not_there(ids: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Features(Learner("h", nn.Linear(4, 3)), X).forward(ids)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_refused_and_moves_nothing(bad: float) -> None:
+    party = Learner("client", nn.Linear(3, 2), None)
+    before = party.weights()
+    z = party.forward(torch.rand(4, 3))
+    with pytest.raises(ValueError, match="client: expected a finite floating-point gradient"):
+        party.backward(torch.full_like(z, bad))
+    with pytest.raises(ValueError, match=r"got torch\.int64"):
+        party.backward(torch.ones_like(z, dtype=torch.int64))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in party.weights().items())
+
+
+def test_a_label_that_torch_would_leave_out_is_refused() -> None:
+    party = Learner("server", nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="server: expected labels of 0 or more, got -100"):
+        party.learn(torch.rand(2, 3), torch.tensor([0, -100]))
+
+
+def test_a_penalty_on_a_party_that_sends_no_activation_is_refused() -> None:
+    class Penalised(Guard):
+        def penalty(self, x: Tensor, z: Tensor) -> Tensor:
+            return z.square().mean()
+
+    for guard in (Penalised(), Guards(Guard(), Penalised())):
+        with pytest.raises(ValueError, match="expected a guard without a penalty on a party that learns"):
+            Learner("top", nn.Linear(3, 2), guard=guard).learn(torch.rand(2, 3), torch.tensor([0, 1]))

@@ -107,14 +107,18 @@ def test_a_view_carries_no_reference_to_what_was_not_granted() -> None:
 def test_nothing_is_granted_by_default_but_the_wire() -> None:
     threat = Threat()
     assert not any((threat.white_box, threat.queries, threat.auxiliary, threat.auxiliary_labels))
-    assert threat.in_words() == ["every kind of message on its wire"]
+    assert threat.in_words() == ["every kind of message on its wire", "one release of each sample"]
     known = Threat(sees=frozenset({Kind.LABEL, Kind.ACTIVATION}), white_box=True, queries=True, auxiliary=True)
     assert known.in_words() == [
         "on its wire: activation, label",
         "the client's weights, guard and codec",
         "what crosses for inputs of its own choice",
         "unlabelled samples of its own, disjoint from the private ones",
+        "one release of each sample",
     ]
+    assert Threat(releases=15).in_words()[-1] == "the mean of 15 releases"
+    with pytest.raises(ValueError, match="at least one release"):
+        Threat(releases=0)
 
 
 def test_a_threat_that_contradicts_itself_is_refused() -> None:
@@ -288,3 +292,28 @@ def test_a_transcript_with_holes_is_no_view() -> None:
         observe(table.line.record, line.record, threat=Threat())
     line.record.clear()
     assert observe(line.record, threat=Threat()).exchanges == ()
+
+
+def test_releases_of_a_sample_are_averaged_and_so_is_what_a_query_brings() -> None:
+    class Noise(Guard):
+        def activation(self, z: Tensor) -> Tensor:
+            return z + torch.randn_like(z)
+
+    bottom, top = nn.Linear(3, 4), nn.Linear(4, 2)
+    client = Learner("client", bottom, guard=Noise())
+    across = wire(Learner("server", top))
+    x = torch.rand(5, 3)
+    for _ in range(400):
+        across.party.predict(client.predict(x))
+    grants = Grants(Encoder(bottom, Noise()))
+    view = observe(across.record, threat=Threat(queries=True, releases=400), grants=grants)
+    clean = bottom(x).detach()
+    # The mean of 400 draws of unit noise has a standard deviation of 0.05: five of them over 20 entries.
+    assert (view.activations() - clean).abs().max() < 0.25
+    assert (view.query(x) - clean).abs().max() < 0.25
+    once = observe(across.record, threat=Threat(queries=True), grants=grants)
+    assert once.activations().shape == (2000, 4)
+    assert (once.query(x) - clean).abs().max() > 0.25
+    uneven = observe(across.record, threat=Threat(releases=7), grants=grants)
+    with pytest.raises(LookupError, match="averages 7 releases of each sample, and 2000 activations crossed"):
+        uneven.activations()
