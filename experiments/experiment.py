@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.runner import Task
+from splitlearn.data import DATASETS
 
 __all__ = ["Experiment", "Options", "reproduction"]
 
@@ -46,4 +47,6 @@ def reproduction(name: str, config: Any, *, data: str, device: str, seed: int) -
         if value != option.default:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             words += [f"--{option.name.replace('_', '-')}", text]
-    return shlex.join([*words, "--device", device, "--seeds", str(seed)])
+    command = shlex.join([*words, "--device", device, "--seeds", str(seed)])
+    # Where the files lie is not part of a trial: their folder is whatever the variable names.
+    return command + ' --data-dir "$SPLITLEARN_DATA"' if DATASETS[data].files else command

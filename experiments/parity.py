@@ -13,7 +13,7 @@ from experiments.names import find
 from experiments.parts import Shield
 from experiments.runner import Outcome, Task
 from experiments.setups import train_unsplit
-from experiments.training import Training, default_cut, device_of, load_splits
+from experiments.training import Training, default_cut, device_of, load_splits, warm_up
 from splitlearn.data import DATASETS
 from splitlearn.train import evaluate
 
@@ -74,6 +74,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
 def run_trial(data: str, training: Training, data_dir: Path | None) -> Outcome:
     """Train under the protocol and unsplit, and return accuracy, bytes, seconds and how far the weights differ."""
     splits = load_splits(data, data_dir, dtype=training.dtype)
+    warm_up()
     start = time.perf_counter()
     trained = PROTOCOLS[training.protocol].train(training, splits, Shield())
     split_seconds = time.perf_counter() - start

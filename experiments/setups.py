@@ -78,7 +78,6 @@ def train_vanilla(training: Training, splits: Splits, shield: Shield) -> Trained
 
 def train_u_shaped(training: Training, splits: Splits, shield: Shield) -> Trained:
     """U-shaped split learning: bottom, head and labels stay with the client, the server holds the middle."""
-    _one_client(training, "u_shaped")
     model = build_model(splits, seed=training.seed).to(training.device)
     bottom, middle, head = cut(model, training.cut, len(model) - 1)
     client = _client(training, bottom, shield, 0)
@@ -314,9 +313,5 @@ def _narrow(splits: Splits, training: Training, whole: nn.Module, columns: int, 
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        return nn.Sequential(nn.Linear(columns, width // clients), nn.ReLU()).to(training.device)
-
-
-def _one_client(training: Training, protocol: str) -> None:
-    if training.clients != 1:
-        raise ValueError(f"protocol {protocol} has one client, got {training.clients}; use --clients 1")
+        narrow = nn.Sequential(nn.Linear(columns, width // clients), nn.ReLU())
+    return narrow.to(training.device, splits.private.x.dtype)

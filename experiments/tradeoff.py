@@ -14,7 +14,7 @@ from experiments.names import find
 from experiments.parts import Aim, Attack, Shield
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
-from experiments.training import Trained, Training, build_model, default_cut, device_of, load_splits
+from experiments.training import Trained, Training, build_model, default_cut, device_of, load_splits, sizes_of, warm_up
 from splitlearn.cut import cut
 from splitlearn.data import DATASETS, Dataset, Splits
 from splitlearn.metrics import score_reconstruction
@@ -43,6 +43,8 @@ class Config:
     releases: int = field(
         default=1, metadata={"help": "how often each target crosses, under fresh noise; the attacker averages"}
     )
+    private: int = field(default=0, metadata={"help": "private samples; 0: the data set's usual number"})
+    auxiliary: int = field(default=0, metadata={"help": "auxiliary samples; 0: the data set's usual number"})
     clients: int = field(default=1, metadata={"help": "clients among which the private data is divided"})
     epochs: int = field(default=15, metadata={"help": "epochs, or rounds, of training"})
     batch_size: int = field(default=32, metadata={"help": "samples in a batch"})
@@ -61,6 +63,7 @@ class Trial:
     attacks: tuple[str, ...]
     targets: int
     releases: int
+    sizes: tuple[int, int, int]  # private, auxiliary, test
 
     def shield(self) -> Shield:
         """Return the client's protection."""
@@ -69,7 +72,7 @@ class Trial:
     def described(self, aim: Aim) -> dict[str, Any]:
         """Return the full configuration: every setting that the result depends on, those of the attacks included."""
         shield = self.shield()
-        private, auxiliary, test = DATASETS[self.data].sizes
+        private, auxiliary, test = self.sizes
         return {
             "data": self.data,
             "sizes": {"private": private, "auxiliary": auxiliary, "test": test, "targets": self.targets},
@@ -94,11 +97,17 @@ def tasks(config: Config, options: Options) -> list[Task]:
     for name in config.protocols:
         find("protocol", name, PROTOCOLS)
     protections = [pair for spec in config.protections for pair in _strengths(spec)]
-    if config.targets < 1 or config.releases < 1:
-        raise ValueError(f"expected at least one target and one release, got {config.targets} and {config.releases}")
+    if config.releases < 1:
+        raise ValueError(f"expected --releases of 1 or more, got {config.releases}")
     device = device_of(options.device)
-    splits = load_splits(options.data, options.data_dir)  # absent or damaged data ends here, before any work
+    sizes = sizes_of(options.data, private=config.private, auxiliary=config.auxiliary)
+    splits = load_splits(
+        options.data, options.data_dir, sizes=sizes
+    )  # absent or damaged data ends here, before any work
     _check_inputs(config, protections, splits.private)
+    most = len(splits.private) // config.clients if config.clients > 0 else 0
+    if config.attacks and not 1 <= config.targets <= most:
+        raise ValueError(f"expected --targets between 1 and {most}, the samples of one client, got {config.targets}")
     base = Training(
         epochs=config.epochs, batch_size=config.batch_size, optimizer=config.optimizer, lr=config.lr,
         clients=config.clients, device=device,
@@ -110,8 +119,9 @@ def tasks(config: Config, options: Options) -> list[Task]:
                 training = replace(base, protocol=protocol, cut=place, seed=seed)
                 for protection, strength in _applicable(protocol, protections):
                     trial = Trial(
-                        options.data, training, protection, strength, config.attacks, config.targets, config.releases
-                    )
+                        options.data, training, protection, strength, config.attacks, config.targets, config.releases,
+                        sizes,
+                    )  # fmt: skip
                     spec = f"{protection}:{strength}" if strength else protection
                     alone = replace(config, protocols=(protocol,), cuts=(place,), protections=(spec,))
                     command = reproduction("tradeoff", alone, data=options.data, device=device, seed=seed)
@@ -121,9 +131,10 @@ def tasks(config: Config, options: Options) -> list[Task]:
 
 def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     """Train, evaluate and attack, and return what came of it."""
+    warm_up()
     seconds = {}
     start = time.perf_counter()
-    splits = load_splits(trial.data, data_dir)
+    splits = load_splits(trial.data, data_dir, sizes=trial.sizes)
     seconds["data"] = time.perf_counter() - start
     start = time.perf_counter()
     trained = PROTOCOLS[trial.training.protocol].train(trial.training, splits, trial.shield())
@@ -134,6 +145,8 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     leakage: list[Leakage] = []
     images: dict[str, Tensor] = {}
     notes = [f"loss of the last epoch: {trained.losses[-1]:.4f}"]
+    if unit := PROTECTIONS[trial.protection].unit:
+        notes.append(f"strength: {unit}")
     visible = dict(trained.visible)
     if trained.record is None:
         notes.append("no activation crosses under this protocol, so these attacks have nothing to read")

@@ -2,19 +2,31 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from splitlearn.cut import layer_names
 from splitlearn.data import DATASETS, Splits, load, split, standardise
-from splitlearn.models import model_for
+from splitlearn.models import digits_cnn, model_for
 from splitlearn.threat import Encoder
 from splitlearn.train import Predictor
 from splitlearn.wire import Recorded
 
-__all__ = ["Trained", "Training", "build_model", "default_cut", "device_of", "load_splits", "optimizer_for"]
+__all__ = [
+    "Trained",
+    "Training",
+    "build_model",
+    "default_cut",
+    "device_of",
+    "load_splits",
+    "optimizer_for",
+    "sizes_of",
+    "warm_up",
+]
 
 
 USUAL_CUTS = ("relu2", "block2", "pool2", "relu1")  # after the second block, where there is one
@@ -38,11 +50,14 @@ class Training:
     def __post_init__(self) -> None:
         if self.optimizer not in ("adam", "sgd"):
             raise LookupError(f"no optimizer is named {self.optimizer!r}: expected adam or sgd")
-        if min(self.epochs, self.batch_size, self.clients) < 1 or not self.lr > 0:
-            raise ValueError(
-                "expected at least one epoch, one sample a batch and one client, and lr > 0; got "
-                f"{self.epochs}, {self.batch_size}, {self.clients} and {self.lr}"
-            )
+        for name in ("epochs", "batch_size", "clients"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise ValueError(f"expected --{option} of 1 or more, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"expected --lr greater than 0, got {self.lr}")
+        if self.protocol == "u_shaped" and self.clients != 1:
+            raise ValueError(f"protocol u_shaped has one client, got {self.clients}; use --clients 1")
 
 
 @dataclass(frozen=True)
@@ -77,10 +92,20 @@ def device_of(name: str) -> str:
     return name
 
 
-def load_splits(name: str, data_dir: Path | None, *, dtype: str = "float32") -> Splits:
-    """Return private, auxiliary and test parts, disjoint by index, at the data set's default sizes."""
+def sizes_of(name: str, *, private: int = 0, auxiliary: int = 0) -> tuple[int, int, int]:
+    """Return how many private, auxiliary and test samples to take; 0 stands for the data set's usual number."""
+    usual = DATASETS[name].sizes
+    if min(private, auxiliary) < 0:
+        raise ValueError(f"expected --private and --auxiliary of 0 or more, got {private} and {auxiliary}")
+    return private or usual[0], auxiliary or usual[1], usual[2]
+
+
+def load_splits(
+    name: str, data_dir: Path | None, *, sizes: tuple[int, int, int] | None = None, dtype: str = "float32"
+) -> Splits:
+    """Return private, auxiliary and test parts, disjoint by index, of the data set's usual sizes or of ``sizes``."""
     dataset = load(name, data_dir=data_dir)
-    private, auxiliary, test = DATASETS[name].sizes
+    private, auxiliary, test = sizes if sizes is not None else DATASETS[name].sizes
     splits = split(dataset, private=private, auxiliary=auxiliary, test=test)
     splits = standardise(splits) if dataset.kind == "table" else splits
     if dtype == "float32" or not dataset.x.is_floating_point():
@@ -101,9 +126,9 @@ def build_model(splits: Splits, *, seed: int) -> nn.Sequential:
 
 
 def default_cut(splits: Splits) -> str:
-    """Return the last layer below the usual cut of the model that fits the data, about a third of the way up."""
+    """Return the last layer below the usual cut of the model that fits the data; a head has room above it."""
     names = layer_names(build_model(splits, seed=0))
-    usual = [name for name in USUAL_CUTS if name in names]
+    usual = [name for name in USUAL_CUTS if name in names[:-1]]
     return usual[0] if usual else names[len(names) // 3]
 
 
@@ -115,3 +140,12 @@ def optimizer_for(stage: nn.Module, training: Training) -> torch.optim.Optimizer
     if training.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=training.lr)
     return torch.optim.SGD(parameters, lr=training.lr, momentum=0.9)
+
+
+@cache
+def warm_up() -> None:
+    """Do one training step and forget it: the first one in a process pays for what torch sets up on demand."""
+    model = digits_cnn()
+    optimizer = torch.optim.Adam(model.parameters())
+    cross_entropy(model(torch.rand(8, 1, 8, 8)), torch.zeros(8, dtype=torch.int64)).backward()
+    optimizer.step()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from splitlearn.members import FedMember, Member, RemoteMember, Weights, batch_norm_entries
-from splitlearn.party import Party
+from splitlearn.party import Learner, Party
 from splitlearn.protocols import parallel
 
 __all__ = [
@@ -84,10 +84,11 @@ def splitfed_v1_round(
 ) -> Round:
     """Each member trains against a server copy of its own; bottoms and tops are averaged.
 
-    (Thapa et al. 2022, arXiv:2004.12088.) ``sessions`` are the main server's copies by
+    (Thapa et al. 2022, arXiv:2004.12088.) ``sessions`` are the main server's copies (``top.replica(name)``) by
     member name, ``bottom`` and ``top`` the global ones. Both averages leave out whoever dropped out.
     """
     _named(members, sessions)
+    _apart(sessions)
     start, top_start = bottom.weights(), top.weights()
     for member in members:
         sessions[member.name].load_weights(top_start)
@@ -131,6 +132,7 @@ def splitfed_v3_round(
 ) -> Round:
     """Bottoms stay with their members, only the tops are averaged (Gawali et al. 2020, arXiv:2012.12591)."""
     _named(members, sessions)
+    _apart(sessions)
     start = top.weights()
     for member in members:
         sessions[member.name].load_weights(start)
@@ -220,6 +222,13 @@ class Named(Protocol):
     """What has a name."""
 
     name: str
+
+
+def _apart(sessions: Mapping[str, Party]) -> None:
+    """Refuse sessions that share a stage: training them would be SplitFed V2 under another name."""
+    stages = [id(session.stage) for session in sessions.values() if isinstance(session, Learner)]
+    if len(set(stages)) < len(stages):
+        raise ValueError("expected a server copy for each member, got sessions of one stage; use server.replica(name)")
 
 
 def _named(members: Sequence[Named], sessions: Mapping[str, Party] | None = None) -> None:

@@ -76,6 +76,10 @@ class Learner:
         self._predict_rng = Randomness(seed, name, "evaluation")  # of its own, so that evaluation changes nothing
         self._pending: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._turn = Turn()
+        if not isinstance(self.guard, Guard):
+            raise ValueError(f"{name}: expected a Guard, got {self.guard!r}; subclass splitlearn.Guard and pass one")
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"{name}: expected an optimizer over the stage's parameters, got {optimizer!r}")
         if optimizer is not None:
             _check_owned(name, stage, optimizer)
 
@@ -88,6 +92,11 @@ class Learner:
             with self._rng.own(x.device):
                 z = self._output(x)
                 sent = self.guard.activation(z)
+                if not isinstance(sent, Tensor) or len(sent) != len(z):
+                    raise ValueError(
+                        f"{self.name}: expected {self.guard!r} to return what is sent for {len(z)} samples, got "
+                        f"{f'a tensor of shape {tuple(sent.shape)}' if isinstance(sent, Tensor) else repr(sent)}"
+                    )
                 penalty = self.guard.penalty(x, z)
             if z.requires_grad and not sent.requires_grad and (self.optimizer is not None or x.requires_grad):
                 raise ValueError(

@@ -107,6 +107,8 @@ def fit(
     ``validate`` returns a score (greater is better); with ``patience`` training stops after as many epochs without
     a better one, and at the end the best state is put back.
     """
+    if epochs < 1:
+        raise ValueError(f"expected at least one epoch, got {epochs}")
     holders = dict(state or {})
     if stateless := [name for name, holder in holders.items() if not hasattr(holder, "state_dict")]:
         raise ValueError(

@@ -205,8 +205,15 @@ def test_two_seeds_in_two_processes_end_in_a_report(tmp_path: Path) -> None:
         ({"protections": ("nopeek:-1",)}, "expected a finite weight"),
         ({"protections": ("compression:2",)}, r"expected a fraction of entries in \(0, 1\]"),
         ({"cuts": ("conv9",)}, "expected the name of a layer below the cut"),
-        ({"targets": 0}, "at least one target"),
+        ({"targets": 0}, "expected --targets between 1 and 800"),
         ({"optimizer": "lamb"}, "no optimizer is named"),
+        ({"targets": 300, "clients": 3}, "expected --targets between 1 and 266, the samples of one client"),
+        ({"epochs": 0}, "expected --epochs of 1 or more, got 0"),
+        ({"lr": 0.0}, "expected --lr greater than 0"),
+        ({"releases": 0}, "expected --releases of 1 or more"),
+        ({"private": -1}, "expected --private and --auxiliary of 0 or more"),
+        ({"private": 1000}, "digits"),
+        ({"protocols": ("u_shaped",), "clients": 2}, "u_shaped has one client"),
     ],
 )
 def test_bad_options_end_before_any_work(change: dict, message: str) -> None:
@@ -215,7 +222,7 @@ def test_bad_options_end_before_any_work(change: dict, message: str) -> None:
 
 
 def test_tokens_are_refused_by_what_cannot_read_them_and_trained_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tokens(name: str, data_dir: Path | None) -> Splits:
+    def tokens(name: str, data_dir: Path | None, sizes: Any = None) -> Splits:
         x, y = torch.randint(1, 9, (60, 12)), torch.arange(60) % 2
         words = tuple(map(str, range(9)))
         dataset = Dataset("words", x, y, 2, "tokens", torch.arange(60), names=words)
@@ -247,3 +254,10 @@ def test_one_training_is_repeated_to_the_bit() -> None:
     training = Training(protocol="splitfed_v2", epochs=1, clients=2)
     first, second = (train_splitfed_v2(training, splits, Shield()).model.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_parity_holds_on_tables_for_every_protocol() -> None:
+    for task in parity.tasks(parity.Config(epochs=1), Options(data="breast_cancer", seeds=(0,))):
+        utility = task.call().utility
+        if task.labels["protocol"] != "vertical":
+            assert utility["weights_difference"] == 0, task.title

@@ -464,3 +464,26 @@ def test_parallel_refuses_what_it_cannot_run() -> None:
         parallel_round(table.clients, table.top, [[], [], []])
     with pytest.raises(ValueError, match="name of its own"):
         parallel_round([table.clients[0]] * 2, table.top, table.batches[:2])
+
+
+def test_v1_and_v3_refuse_sessions_that_share_a_stage() -> None:
+    server, bottom = Learner("server", model()), Learner("bottom", model())
+    sessions = {name: server.session(name) for name in ("c0", "c1")}
+    members = [Member(learner(name, model()), sessions[name], data(0)) for name in sessions]
+    with pytest.raises(ValueError, match=r"use server\.replica\(name\)"):
+        splitfed_v1_round(members, sessions, bottom, server)
+    with pytest.raises(ValueError, match=r"use server\.replica\(name\)"):
+        splitfed_v3_round(members, sessions, server)
+
+
+def test_a_member_that_times_out_is_left_out() -> None:
+    class Late:
+        name = "late"
+
+        def round(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+            raise TimeoutError
+
+    everywhere = Learner("all", model())
+    done = fedavg_round([Member(learner("c0", model()), None, data(0)), Late()], everywhere)
+    assert done.dropped == ("late",)
+    assert list(done.counts) == ["c0"]

@@ -697,3 +697,21 @@ def test_a_penalty_on_a_party_that_sends_no_activation_is_refused() -> None:
     for guard in (Penalised(), Guards(Guard(), Penalised())):
         with pytest.raises(ValueError, match="expected a guard without a penalty on a party that learns"):
             Learner("top", nn.Linear(3, 2), guard=guard).learn(torch.rand(2, 3), torch.tensor([0, 1]))
+
+
+def test_what_is_no_guard_or_no_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="client: expected a Guard, got <function"):
+        Learner("client", nn.Linear(3, 2), guard=lambda z: z)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected an optimizer over the stage's parameters, got <class"):
+        Learner("client", nn.Linear(3, 2), torch.optim.SGD)  # type: ignore[arg-type]
+
+
+def test_a_guard_that_forgets_to_return_is_one_line() -> None:
+    class Forgetful(Guard):
+        def activation(self, z: Tensor) -> Tensor:
+            z * 2  # type: ignore[return]
+
+    with pytest.raises(
+        ValueError, match=r"client: expected Forgetful\(\) to return what is sent for 4 samples, got None"
+    ):
+        Learner("client", nn.Linear(3, 2), guard=Forgetful()).forward(torch.rand(4, 3))
