@@ -154,11 +154,18 @@ def _report(
 ) -> None:
     """Rebuild pictures, results.csv and report.html from the records in a folder."""
     from experiments import report
+    from experiments.progress import counted
+    from experiments.store import Store
 
     if not folder.is_dir():
         raise LookupError(f"expected the folder of a run, got {folder}, which is none; see runs/, or --out of the run")
     report.build(folder)
     _show_files(folder)
+    records, _ = Store(folder).survey()
+    failed = sum(record.status == "failed" for record in records)
+    if failed:
+        told = f"{failed} of {counted(len(records), 'trial')} failed and {'takes' if failed == 1 else 'take'} no part"
+        typer.echo(f"{told}; tracebacks: {folder / 'trials' / '*' / 'traceback.txt'}", err=True)
 
 
 app.add_typer(
@@ -193,7 +200,7 @@ def _doctor() -> None:
     from experiments.doctor import Finding, examine
 
     console = Console(highlight=False)
-    colours = {"ok": "green", "missing": "yellow", "broken": "red"}
+    colours = {"ok": "green", "missing": "yellow", "slow": "yellow", "broken": "red"}
     bad: list[Finding] = []
     with console.status("looking …"):
         for finding in examine():
@@ -203,11 +210,14 @@ def _doctor() -> None:
     if not bad:
         console.print("\nEverything works.")
         return
-    console.print("\nTo mend it:")
-    for remedy in dict.fromkeys(finding.remedy for finding in bad):
+    remedies = list(dict.fromkeys(finding.remedy for finding in bad if finding.remedy))
+    console.print("\nTo mend it:" if remedies else "\nNothing is broken, but not all could be tested: run it again.")
+    for remedy in remedies:
         console.print(f"  {escape(remedy)}", soft_wrap=True)
     if any(finding.required for finding in bad):
         raise typer.Exit(1)
+    if any(finding.state == "slow" for finding in bad):
+        return
     console.print("All that is required works; only extras want mending.")
 
 
@@ -215,7 +225,8 @@ def _run(experiment: "Experiment", config: Any, options: "Options", quiet: bool)
     """Run what is not done yet, build the report, and end in a table and in where to look."""
     from experiments import report
     from experiments.closing import closing_tables
-    from experiments.runner import run
+    from experiments.progress import counted
+    from experiments.runner import failure, run
     from experiments.store import Store
     from experiments.workers import available_cpus
 
@@ -227,12 +238,10 @@ def _run(experiment: "Experiment", config: Any, options: "Options", quiet: bool)
     for table in closing_tables(record for task in tasks if (record := store.load(task.trial)) is not None):
         console.print(table)
     kept = f", {summary.skipped} kept from before" if summary.skipped else ""
-    console.print(f"{summary.done} trials done{kept}, {summary.failed} failed")
+    console.print(f"{counted(summary.done, 'trial')} done{kept}, {summary.failed} failed")
     _show_files(options.out)
     for record in summary.failures:
-        where = options.out / "trials" / record.trial / "traceback.txt"
-        line = f"failed: {record.protection} {record.strength} seed {record.seed}: {record.error}; see {where}"
-        typer.echo(line, err=True)
+        typer.echo(failure(record, store), err=True)
     if summary.failed:
         raise typer.Exit(1)
 

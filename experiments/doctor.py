@@ -19,6 +19,7 @@ from typing import Literal
 __all__ = ["EXTRAS", "Finding", "Requirement", "examine", "packages", "probe", "requirements"]
 
 PIP = f"{sys.executable} -m pip install"
+TORCH = "torch==2.13.0"  # the version that everything is tested with
 CRYPTEN = "crypten==0.4.1"  # not among our requirements, since its own cannot be installed
 MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml"}  # where it is not the package's name
 PROBE_SECONDS = 120.0
@@ -67,10 +68,13 @@ print(f"Opacus accounts for 100 steps of DP-SGD: epsilon {epsilon:.2f} at delta 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found. ``remedy`` is the command that mends it; only ``required`` ones make the doctor fail."""
+    """What one check found. ``remedy`` is the command that mends it; only ``required`` ones make the doctor fail.
+
+    ``slow`` is a check that was not through in time: it tells nothing of what it checks, and has no remedy.
+    """
 
     what: str
-    state: Literal["ok", "missing", "broken"]
+    state: Literal["ok", "missing", "slow", "broken"]
     detail: str
     remedy: str = ""
     required: bool = True
@@ -116,8 +120,8 @@ def examine() -> Iterator[Finding]:
         tested = [(extra, pool.submit(probe, EXTRAS[extra])) for extra in extras]
         again = f"{PIP} --force-reinstall"
         yield _judged("imports", imports.result(), f"{again} splitlearn", otherwise="every required package imports")
-        yield _judged("device", device.result(), f"{again} torch")
-        yield _judged("self-test", selftest.result(), f"{again} torch")
+        yield _judged("device", device.result(), f"{again} {TORCH}")
+        yield _judged("self-test", selftest.result(), f"{again} {TORCH}")
         for extra, result in tested:
             broken = " ".join(f"'{need.package}{need.versions}'" for need in wanted if need.extra == extra)
             yield _judged(f"extra {extra}", result.result(), f"{again} --no-deps {broken}", required=False)
@@ -141,7 +145,8 @@ def packages(wanted: Sequence[Requirement], installed: Callable[[str], str | Non
     """Yield a finding for each requirement, given the version of a package that is ``installed``, or None."""
     for need in wanted:
         version = installed(need.package)
-        remedy = f"{PIP} 'splitlearn[{need.extra}]'" if need.extra else f"{PIP} '{need.package}{need.versions}'"
+        exact = TORCH if need.package == "torch" else f"'{need.package}{need.versions}'"
+        remedy = f"{PIP} 'splitlearn[{need.extra}]'" if need.extra else f"{PIP} {exact}"
         if need.package == "crypten":
             remedy = f"{PIP} --no-deps {CRYPTEN}"
         asks = f"extra {need.extra} asks for {need.versions}" if need.extra else f"expected {need.versions}"
@@ -149,28 +154,35 @@ def packages(wanted: Sequence[Requirement], installed: Callable[[str], str | Non
         if version is None:
             yield Finding(need.package, "missing", asks, remedy, required)
         elif not need.allows(version):
-            remedy = remedy if need.package == "crypten" else f"{PIP} '{need.package}{need.versions}'"
+            remedy = remedy if need.package == "crypten" else f"{PIP} {exact}"
             yield Finding(need.package, "broken", f"{asks}, got {version}", remedy, required)
         else:
             yield Finding(need.package, "ok", version + (f" (extra {need.extra})" if need.extra else ""))
 
 
-def probe(code: str, *arguments: str) -> tuple[bool, str]:
-    """Run ``code`` in a Python of its own; return whether it ended well, and the last line that it wrote."""
+def probe(code: str, *arguments: str) -> tuple[bool | None, str]:
+    """Run ``code`` in a Python of its own; return whether it ended well, and the last line that it wrote.
+
+    None where it did not end within ``PROBE_SECONDS``, which says nothing of what it tests.
+    """
     # -P: a folder of the user's named as one of our packages must not take its place.
     command = [sys.executable, "-P", "-W", "ignore", "-c", code, *arguments]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:
-        return False, f"no answer within {PROBE_SECONDS:.0f} s"
+        return None, f"no answer within {PROBE_SECONDS:.0f} s: the machine is busy; run it again"
     if done.returncode < 0:
         return False, f"the process was killed by signal {-done.returncode}"
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     return done.returncode == 0, lines[-1] if lines else ""
 
 
-def _judged(what: str, result: tuple[bool, str], remedy: str, *, otherwise: str = "", required: bool = True) -> Finding:
+def _judged(
+    what: str, result: tuple[bool | None, str], remedy: str, *, otherwise: str = "", required: bool = True
+) -> Finding:
     good, line = result
+    if good is None:
+        return Finding(what, "slow", line, required=required)
     if good:
         return Finding(what, "ok", line or otherwise)
     return Finding(what, "broken", line, remedy, required)

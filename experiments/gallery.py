@@ -67,5 +67,6 @@ def strip(images: Tensor) -> NDArray[numpy.uint8]:
 
 
 def _scores(leak: Leakage) -> str:
-    names = [name for name in ("mse", "ssim") if name in leak.metrics]
-    return " · ".join(f"{name.upper()} {leak.metrics[name]:.3g}" for name in names)
+    median = "ssim_q50" in leak.metrics
+    named = {"mse": "MSE", "ssim_q50" if median else "ssim": "median SSIM" if median else "SSIM"}
+    return " · ".join(f"{told} {leak.metrics[name]:.3g}" for name, told in named.items() if name in leak.metrics)

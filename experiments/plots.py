@@ -160,7 +160,8 @@ def _panel(axes: Axes, members: Sequence[Mark], metric: str, look: Mapping[str, 
     front = [places[number] for number in pareto_front(places)]
     axes.axhline(0, color=NEUTRAL, linewidth=1.2, linestyle=(0, (1, 2)), label="attacker who saw nothing")
     x, y = zip(*front, strict=True)
-    axes.plot(x, y, color=NEUTRAL, linewidth=9, alpha=0.25, zorder=1, label="Pareto front")
+    # Between two marks nothing better was measured than the right one: a step, and no straight line.
+    axes.step(x, y, where="pre", color=NEUTRAL, linewidth=9, alpha=0.25, zorder=1, label="Pareto front")
     for protection, style in look.items():
         mine = [mark for mark in members if mark.point.protection == protection]
         for number, line in enumerate(_lines(mine)):

@@ -1,25 +1,27 @@
-"""Progress over trials on stderr: a bar on a terminal, now and then a plain line elsewhere."""
+"""Progress over trials on stderr: a bar on a terminal, a plain line a trial elsewhere."""
 
-import time
+from collections.abc import Sequence
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "counted"]
 
-LINE_SECONDS = 5.0  # at least this long between plain lines
+
+def counted(count: int, noun: str) -> str:
+    """Return how many there are of what ``noun`` names, such as ``1 trial`` or ``2 trials``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 class Progress:
-    """Shows how far a run of ``total`` trials is; ``skipped`` ones were done before and are not among them."""
+    """Shows how far a run of ``total`` trials is; ``opening`` are lines to begin with, such as what is kept."""
 
-    def __init__(self, total: int, *, skipped: int = 0, visible: bool = True):
+    def __init__(self, total: int, *, opening: Sequence[str] = (), visible: bool = True):
         self._console = Console(stderr=True, quiet=not visible, highlight=False)
-        self._total, self._skipped = total, skipped
+        self._total, self._opening = total, tuple(opening)
         self._done = self._failed = 0
-        self._last_line = float("-inf")
         self._bar = Bar(
             TextColumn("trials"),
             BarColumn(),
@@ -35,9 +37,9 @@ class Progress:
         )
 
     def __enter__(self) -> Self:
-        """Show the bar, and say what is not run again."""
-        if self._skipped:
-            self._say(f"{self._skipped} trials were done before and are kept")
+        """Write the opening lines and show the bar."""
+        for line in self._opening:
+            self._say(line)
         self._bar.start()
         self._task = self._bar.add_task("", total=self._total)
         return self
@@ -59,10 +61,9 @@ class Progress:
         if self._console.is_terminal:
             if failed:
                 self._say(f"failed: {title}")
-        elif self._done == self._total or time.monotonic() - self._last_line >= LINE_SECONDS:
-            self._last_line = time.monotonic()
+        else:
             failures = f" ({self._failed} failed)" if self._failed else ""
-            self._say(f"{self._done} of {self._total} trials{failures}: {title} {result}")
+            self._say(f"{self._done} of {counted(self._total, 'trial')}{failures}: {title} {result}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)

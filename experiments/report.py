@@ -15,13 +15,22 @@ from experiments.figures import number, spread
 from experiments.gallery import Row, gallery, strip
 from experiments.interactive import interactive_tradeoff
 from experiments.plots import leakage_note, reconstructions, spread_note, tradeoff
+from experiments.progress import counted
 from experiments.record import Record
 from experiments.store import Store, write_atomically
 from experiments.summary import Mark, Point, marks, pareto_front, summarise, utility_metric
-from experiments.tables import bytes_table, leakage_tables, results_tables, seconds_table, visible_table
+from experiments.tables import (
+    bytes_table,
+    leakage_tables,
+    results_tables,
+    seconds_table,
+    strength_notes,
+    visible_table,
+)
 
 __all__ = ["build"]
 
+NO_PROTECTION = 0.9  # leakage, of 1, from which on the summary says that nothing is protected
 TOLERATED_LOSS = 0.02  # of utility, in the sentence on what protects at little cost
 
 
@@ -87,6 +96,7 @@ def _page(records: Sequence[Record], problems: Sequence[str], store: Store) -> s
         plot_note=f"{leakage_note(points)} {spread_note(max((len(point.seeds) for point in points), default=0))}",
         pictures=[_picture(row) for row in gallery(records, store)],
         results=results_tables(points),
+        strengths=strength_notes(points),
         leakage=leakage_tables(points),
         overhead=[table for table in (bytes_table(points), seconds_table(points)) if table is not None],
         visible=visible_table(points),
@@ -114,7 +124,7 @@ def _summary(points: Sequence[Point], failed: Sequence[Record]) -> list[tuple[st
     trials = sum(len(point.records) for point in points)
     seeds = sorted({seed for point in points for seed in point.seeds})
     opening = (
-        f"{_counted(trials, 'trial')} done: {_counted(len(points), 'configuration')}, "
+        f"{counted(trials, 'trial')} done: {counted(len(points), 'configuration')}, "
         f"seeds {', '.join(map(str, seeds)) or 'none'}."
     )
     lines = [opening + (f" {len(failed)} failed; see the end of this page." if failed else "")]
@@ -129,15 +139,12 @@ def _summary(points: Sequence[Point], failed: Sequence[Record]) -> list[tuple[st
     return [("", lines), *((setting.title, sentences) for setting, sentences in told.items())]
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def _trade(members: Sequence[Mark], metric: str) -> Iterable[str]:
     """Yield the sentences on one setting: unprotected, the front, little cost, no gain, worst leak."""
 
     def words(mark: Mark) -> str:
-        return f"{mark.point.name} ({number(mark.utility.mean)}, {number(mark.leakage.mean)})"
+        verdict = ", which is no protection" if mark.leakage.mean >= NO_PROTECTION else ""
+        return f"{mark.point.name} ({metric} {number(mark.utility.mean)}, leakage {number(mark.leakage.mean)}{verdict})"
 
     bare = next((mark for mark in members if not mark.point.protected), None)
     if bare is not None:
@@ -148,7 +155,10 @@ def _trade(members: Sequence[Mark], metric: str) -> Iterable[str]:
         )
     front = [members[place] for place in pareto_front([mark.place for mark in members])]
     told = "; ".join(words(mark) for mark in front)
-    yield f"Best trade-offs, none of which another beats ({metric}, leakage): {told}."
+    yield (
+        f"On the Pareto front, where no other has both more {metric} and less leakage, which does not yet make them "
+        f"safe: {told}."
+    )
     shielded = [mark for mark in members if mark.point.protected]
     if bare is not None and shielded:
         cheap = [mark for mark in shielded if mark.utility.mean >= bare.utility.mean - TOLERATED_LOSS]

@@ -3,7 +3,7 @@
 import pickle
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,12 +15,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from experiments.environment import commit, forget_peak_memory, peak_memory_bytes, versions
-from experiments.progress import Progress
+from experiments.progress import Progress, counted
 from experiments.record import Leakage, Record, trial_hash
 from experiments.store import Store
 from experiments.workers import Job, available_cpus, run_jobs
 
-__all__ = ["Outcome", "Summary", "Task", "run"]
+__all__ = ["Outcome", "Summary", "Task", "failure", "run"]
 
 LABELS = frozenset({"seed", "data", "protocol", "cut", "protection", "strength"})
 
@@ -64,10 +64,8 @@ class Task:
 
     @property
     def title(self) -> str:
-        """The trial in a few words, for the progress bar."""
-        parts = [self.labels[name] for name in ("data", "protocol", "cut")]
-        parts.append(f"{self.labels['protection']} {self.labels['strength']}".strip())
-        return " · ".join([*(part for part in parts if part), f"seed {self.labels['seed']}"])
+        """The trial in a few words, for whoever follows a run."""
+        return _title(self.labels)
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,12 @@ class Summary:
     def failed(self) -> int:
         """How many trials failed."""
         return len(self.failures)
+
+
+def failure(record: Record, store: Store) -> str:
+    """Return a line on a failed trial: which one, why, and where its traceback lies."""
+    where = store.root / "trials" / record.trial / "traceback.txt"
+    return f"failed: {_title(vars(record))}: {record.error}; see {where}"
 
 
 def run(tasks: Sequence[Task], store: Store, *, jobs: int, progress: bool = True, retry_failed: bool = True) -> Summary:
@@ -105,10 +109,16 @@ def run(tasks: Sequence[Task], store: Store, *, jobs: int, progress: bool = True
     ]
     failures = [record for record in earlier.values() if record.status == "failed" and not retry_failed]
     skipped = len(tasks) - len(waiting) - len(failures)
+    kept = [record for record in earlier.values() if record.status == "done"]
     done = 0
-    stamp = {"commit": commit(), "versions": versions()}
+    present = commit()
+    stamp = {"commit": present, "versions": versions()}
+    opening = [
+        f"{counted(len(tasks), 'trial')}, {jobs} at a time, {skipped} done before",
+        *_older(kept, present),
+    ]
     try:
-        with Progress(len(waiting), skipped=skipped, visible=progress) as bar:
+        with Progress(len(waiting), opening=opening, visible=progress) as bar:
             finished = _here(waiting, store, stamp, bar) if jobs == 1 else _aside(waiting, store, stamp, jobs, bar)
             with closing(finished):
                 for task, record in finished:
@@ -116,11 +126,38 @@ def run(tasks: Sequence[Task], store: Store, *, jobs: int, progress: bool = True
                     failures += [record] if record.status == "failed" else []
                     bar.finished(task.title, failed=record.status == "failed")
     except KeyboardInterrupt:
-        kept = sum(store.finished(task.trial) for task in tasks)
+        finished_now = sum(store.finished(task.trial) for task in tasks)
         raise KeyboardInterrupt(
-            f"interrupted: {kept} of {len(tasks)} trials kept in {store.root}; run the same command again to go on"
+            f"interrupted: {finished_now} of {counted(len(tasks), 'trial')} kept in {store.root}; "
+            "run the same command again to go on"
         ) from None
     return Summary(done, skipped, tuple(failures))
+
+
+def _title(labels: Mapping[str, Any]) -> str:
+    parts = [labels[name] for name in ("data", "protocol", "cut")]
+    parts.append(f"{labels['protection']} {labels['strength']}".strip())
+    return " · ".join([*(part for part in parts if part), f"seed {labels['seed']}"])
+
+
+def _older(kept: Iterable[Record], present: str | None) -> list[str]:
+    """Return a line on the records that another commit than the present one wrote; none where all are of this one."""
+    others = [record.commit for record in kept if record.commit != present]
+    if not others:
+        return []
+    were = "was" if len(others) == 1 else "were"
+    commits = ", ".join(sorted({_short(commit) for commit in others}))
+    return [
+        f"{len(others)} of them {were} run by commit {commits}, this is {_short(present)}; "
+        "use another --out to run them anew"
+    ]
+
+
+def _short(commit: str | None) -> str:
+    if commit is None:
+        return "unknown"
+    digits, dash, state = commit.partition("-")
+    return f"{digits[:7]}{dash}{state}"
 
 
 def _check(tasks: Sequence[Task], *, picklable: bool) -> None:

@@ -14,12 +14,15 @@ __all__ = [
     "leakage_tables",
     "results_tables",
     "seconds_table",
+    "strength_notes",
     "utility_columns",
     "visible_table",
 ]
 
+STRENGTH = "strength:"  # begins the note of a record that says in which unit its strength is
 QUANTILE = re.compile(r"_q\d+$")
 BESIDE_ACCURACY = frozenset({"macro_f1", "auc"})
+BY_MEDIAN = frozenset({"psnr", "ssim"})  # a few samples that are hit or missed altogether carry their mean away
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,15 @@ def _results_table(points: Sequence[Point]) -> Table:
     note = " Shaded rows are on the Pareto front: nothing else is both more useful and leaks less." if strong else ""
     caption = f"Means over seeds, with the lowest and the highest seed.{note}"
     return Table(caption, tuple(columns), tuple(rows), len(_heads(points)), strong=strong)
+
+
+def strength_notes(points: Sequence[Point]) -> list[tuple[str, list[str]]]:
+    """Return, by protection, what its strength means: the records' notes that begin ``strength:``, each once."""
+    found: dict[str, dict[str, None]] = {}
+    for point in points:
+        for note in (note for record in point.records for note in record.notes if note.startswith(STRENGTH)):
+            found.setdefault(point.protection, {})[note.removeprefix(STRENGTH).strip()] = None
+    return [(protection, list(notes)) for protection, notes in found.items()]
 
 
 def leakage_tables(points: Sequence[Point]) -> list[Table]:
@@ -154,23 +166,30 @@ def _leakage_table(points: Sequence[Point], family: str) -> Table:
         if (found := [leak for leak in point.leaks(attack) if leak.family == family])
     ]
     metrics = list(dict.fromkeys(name for _, _, found in leaks for leak in found for name in leak.metrics))
-    metrics = [name for name in metrics if not QUANTILE.search(name)]
+    metrics = [_typical(name, metrics) for name in metrics if not QUANTILE.search(name)]
     columns = [*_heads(points), "attack", "advantage"]
     for metric in metrics:
-        columns += [metric.replace("_", " "), "baseline"]
+        columns += [metric.replace("_q50", " median").replace("_", " "), "baseline"]
     rows = []
     for point, attack, found in leaks:
         row = [*_head(point, points), attack, spread(Spread.of(leak.advantage for leak in found))]
         for metric in metrics:
             row.append(_mean(Spread.of(leak.metrics[metric] for leak in found if metric in leak.metrics), number))
-            baselines = [leak.baseline(metric) for leak in found]
+            baselines = [leak.baseline(QUANTILE.sub("", metric)) for leak in found]
             row.append(_mean(Spread.of(value for value in baselines if value is not None), number))
         rows.append(tuple(row))
     caption = (
         f"Attacks on {family}. Advantage: 0 is what an attacker who saw nothing reaches, 1 is everything. "
-        "Metrics are means; baseline is the best that such an attacker does. results.csv holds quantiles over samples."
+        "Metrics are means over samples, or medians where it says so; baseline is the best mean of such an attacker. "
+        "results.csv holds further quantiles."
     )
     return Table(caption, tuple(columns), tuple(rows), len(_heads(points)) + 1)
+
+
+def _typical(metric: str, measured: Sequence[str]) -> str:
+    """Return the median of a metric that is told by it, where it was measured, else the metric itself."""
+    median = f"{metric}_q50"
+    return median if metric in BY_MEDIAN and median in measured else metric
 
 
 def _heads(points: Sequence[Point]) -> list[str]:

@@ -165,21 +165,29 @@ def test_a_run_ends_in_a_table_and_in_where_to_look(tiny):
     assert ["unprotected", "*", "3", "0.960", "±", "0.010", "0.910", "±", "0.010", "123", "kB", "1.5", "s"] in rows
     assert ["noise", "0.4", "*", "3", "0.920", "±", "0.010", "0.510", "±", "0.010", "123", "kB", "1.5", "s"] in rows
     assert "9 trials done, 0 failed" in result.stdout
-    assert "9 of 9 trials" in result.stderr
+    assert result.stderr.splitlines()[0] == "9 trials, 1 at a time, 0 done before"
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()[1:]] == [
+        f"{number} of 9 trials" for number in range(1, 10)
+    ]
     for name in ("report.html", "tradeoff.png", "results.csv"):
         assert f"  there/{name}\n" in result.stdout
         assert Path("there", name).stat().st_size > 0
     again = call("run", "tiny", "--jobs", "1", "--stds", "0.2,0.4", "--out", "there")
     assert "0 trials done, 9 kept from before, 0 failed" in again.stdout
+    assert again.stderr == "9 trials, 1 at a time, 9 done before\n"
 
 
 def test_failed_trials_are_counted_and_located(tiny):
     result = call("run", "tiny", "--jobs", "1", "--stds", "2", "--seeds", "0", "--quiet")
     assert result.exit_code == 1
-    assert "1 trials done, 1 failed" in result.stdout
+    assert "1 trial done, 1 failed" in result.stdout
     (line,) = result.stderr.splitlines()
-    assert line.startswith("failed: noise 2.0 seed 0: ValueError: too noisy; see runs/tiny/trials/")
+    told = "failed: digits · vanilla · relu1 · noise 2.0 · seed 0: ValueError: too noisy; see runs/tiny/trials/"
+    assert line.startswith(told)
     assert "too noisy" in Path(line.rpartition("see ")[2]).read_text()
+    again = call("report", "runs/tiny")
+    assert again.exit_code == 0
+    assert again.stderr == "1 of 2 trials failed and takes no part; tracebacks: runs/tiny/trials/*/traceback.txt\n"
 
 
 def test_report_rebuilds_what_was_deleted(tiny):

@@ -14,12 +14,20 @@ from matplotlib.image import imread
 from experiments.closing import closing_tables
 from experiments.figures import count, number, ratio, seconds, spread
 from experiments.gallery import gallery, strip
+from experiments.interactive import interactive_tradeoff
 from experiments.plots import leakage_note, styles
 from experiments.record import Leakage, Record, trial_hash
 from experiments.report import build
 from experiments.store import Store
 from experiments.summary import Setting, Spread, marks, pareto_front, summarise, utility_metric
-from experiments.tables import bytes_table, leakage_tables, results_tables, seconds_table, visible_table
+from experiments.tables import (
+    bytes_table,
+    leakage_tables,
+    results_tables,
+    seconds_table,
+    strength_notes,
+    visible_table,
+)
 
 GRID = (("none", "", 0.95, 0.9), ("noise", "0.5", 0.94, 0.7), ("noise", "2", 0.85, 0.4), ("nopeek", "1", 0.93, 0.8))
 HOSTILE = "<script>alert(1)</script>$x_{$"
@@ -240,6 +248,27 @@ def test_tables_put_figures_beside_their_baselines_and_ratios():
     assert proved.rows[0][proved.columns.index("ε")] == "2.000"
 
 
+def test_psnr_and_ssim_are_told_by_their_medians_where_these_were_kept():
+    leak = record().leakage[0]
+    kept = leak.model_copy(update={"metrics": {"mse": 0.04, "psnr": 20.0, "psnr_q50": 17.0, "ssim": 0.5}})
+    (table,) = leakage_tables(summarise([record().model_copy(update={"leakage": [kept]})]))
+    assert table.columns[-6:] == ("mse", "baseline", "psnr median", "baseline", "ssim", "baseline")
+    assert table.rows[0][-6:] == ("0.04", "0.08", "17.0", "—", "0.500", "0.200")
+
+
+def test_what_a_strength_means_is_told_once_a_protection(tmp_path):
+    note = "strength: noise multiplier"
+    records = [record("noise", strength, seed, notes=[note, "other"]) for strength in "12" for seed in (0, 1)]
+    assert strength_notes(summarise([*records, record()])) == [("noise", ["noise multiplier"])]
+    Store(tmp_path).save(records[0])
+    assert "<strong>noise</strong>: noise multiplier" in build(tmp_path).read_text()
+
+
+def test_the_front_is_a_step(tmp_path):
+    store = filled(tmp_path)
+    assert '"shape":"vh"' in interactive_tradeoff(store.records())
+
+
 def test_every_protection_has_its_own_look():
     names = ["none", *(f"p{i}" for i in range(8))]
     look = styles(summarise([record(name, "1") for name in names]))
@@ -294,7 +323,10 @@ def test_the_summary_says_in_words_what_came_out(tmp_path):
     words = " ".join("".join(Page(build(tmp_path).read_text()).text).split())
     assert "12 trials done: 4 configurations, seeds 0, 1, 2. 1 failed" in words
     assert "Unprotected, the model reaches accuracy 0.950 (0.940 to 0.960); the worst attack, decoder" in words
-    assert "noise 2 (0.850, 0.400); noise 0.5 (0.940, 0.700); unprotected (0.950, 0.900)." in words
+    assert (
+        "safe: noise 2 (accuracy 0.850, leakage 0.400); noise 0.5 (accuracy 0.940, leakage 0.700); "
+        "unprotected (accuracy 0.950, leakage 0.900, which is no protection)."
+    ) in words
     assert "For at most 0.02 of accuracy, least leaks under noise 0.5" in words
     assert "The worst leak in one trial: 0.900, by decoder, unprotected." in words
 

@@ -155,10 +155,27 @@ def test_plain_lines_tell_of_progress_where_there_is_no_terminal(tmp_path, capsy
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
+        "2 trials, 1 at a time, 0 done before",
         "1 of 2 trials: digits · vanilla · relu1 · none · seed 0 done",
         "2 of 2 trials (1 failed): digits · vanilla · relu1 · none · seed 0 failed",
-        "1 trials were done before and are kept",
+        "1 trial, 1 at a time, 1 done before",
     ]
+
+
+def test_kept_trials_of_another_commit_are_told_of(tmp_path, capsys, monkeypatch):
+    tasks, store = [task(tmp_path), task(tmp_path, seed=1)], Store(tmp_path / "out")
+    for at, todo in (("a" * 40, tasks[:1]), ("b" * 40 + "-dirty", tasks[:1]), ("b" * 40 + "-dirty", tasks)):
+        monkeypatch.setattr("experiments.runner.commit", lambda at=at: at)
+        run(todo, store, jobs=1)
+    told = "1 of them was run by commit aaaaaaa, this is bbbbbbb-dirty; use another --out to run them anew"
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "of them" in line] == [told, told]
+    assert lines[:2] == [
+        "1 trial, 1 at a time, 0 done before",
+        "1 of 1 trial: digits · vanilla · relu1 · none · seed 0 done",
+    ]
+    run(tasks[1:], store, jobs=1)
+    assert "of them" not in capsys.readouterr().err
 
 
 def test_workers_survive_failures_and_deaths(tmp_path):

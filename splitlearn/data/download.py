@@ -76,8 +76,8 @@ def _fetch(address: str, target: Path, digest: str, progress: Progress | None) -
     if got != digest:
         part.unlink()
         raise ValueError(
-            f"{address}: expected a file of sha256 {digest}, got {got}; it was removed: "
-            "run it again, or name another address with --url"
+            f"{address}: expected a file of sha256 {digest}, got {got}; "
+            f"the partial copy {part} was removed: run it again, or name another address with --url"
         )
     part.replace(target)
     return True
