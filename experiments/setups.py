@@ -18,6 +18,7 @@ from experiments.training import Trained, Training, build_model, optimizer_for
 from splitlearn.codecs import through
 from splitlearn.cut import cut
 from splitlearn.data import Splits, partition
+from splitlearn.features import Features
 from splitlearn.federation import (
     Member,
     RemoteMember,
@@ -30,7 +31,7 @@ from splitlearn.federation import (
     splitfed_v3_round,
 )
 from splitlearn.frames import Codec
-from splitlearn.party import Features, Learner
+from splitlearn.party import Learner
 from splitlearn.protocols import Join, u_shaped, vertical
 from splitlearn.remote import Remote, Wire, wire
 from splitlearn.service import Service

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
@@ -98,7 +97,7 @@ class _Worker:
         self.job = job
         self.begun = datetime.now(UTC)
         with suppress(BrokenPipeError):  # a worker that is dead already is noticed by its sentinel
-            self.connection.send_bytes(pickle.dumps((job.function, job.arguments)))
+            self.connection.send((job.function, job.arguments))
 
     def reply(self) -> Reply | None:
         """Return what came of the job, or None if this was only the worker's word that it has started."""
@@ -149,9 +148,14 @@ def _serve(connection: Connection) -> None:
     connection.send((None, ""))  # started
     with suppress(_Ended, EOFError, BrokenPipeError):
         while True:
-            parcel = connection.recv_bytes()
             try:
-                function, arguments = pickle.loads(parcel)
+                function, arguments = connection.recv()
+            except EOFError:
+                return
+            except Exception:  # a job that cannot be unpickled here, such as one whose module does not import
+                connection.send((None, traceback.format_exc()))
+                continue
+            try:
                 answer = (function(*arguments), "")
             except Exception:
                 answer = (None, traceback.format_exc())

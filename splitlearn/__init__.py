@@ -3,6 +3,7 @@
 from splitlearn.checkpoint import load_checkpoint, save_checkpoint
 from splitlearn.codecs import ErrorFeedback, Float16, Int8, TopK, Zstd
 from splitlearn.cut import cut, join
+from splitlearn.features import Features
 from splitlearn.federation import (
     Member,
     RemoteMember,
@@ -18,7 +19,7 @@ from splitlearn.federation import (
     splitfed_v3_round,
 )
 from splitlearn.frames import Kind, Message, decode, encode
-from splitlearn.party import Features, Guard, Guards, Learner, Party
+from splitlearn.party import Guard, Guards, Learner, Party
 from splitlearn.protocols import Joined, concatenated, parallel, summed, u_shaped, vanilla, vertical
 from splitlearn.remote import Remote, wire
 from splitlearn.service import Service

@@ -148,7 +148,9 @@ def test_nobody_else_waiting_a_step_may_take_its_time(monkeypatch: pytest.Monkey
     _, a, _ = shared()
     z = a.forward(X)
     time.sleep(0.05)
+    before = a.steps
     a.backward(torch.ones_like(z))
+    assert a.steps == before + 1
 
 
 def test_a_checkpoint_of_a_shared_stage_waits_for_no_open_step_and_voids_it_on_load() -> None:
