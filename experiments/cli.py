@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 DEBUG = "SPLITLEARN_DEBUG"
+PIPED_COLUMNS = 120
 
 
 class _Splitlearn(Program):
@@ -138,7 +139,7 @@ def _list(
     kind = {"defenses": "protections", "datasets": "data"}.get(kind, kind)
     if kind:
         kinds = {kind: find("kind", kind, kinds)}
-    console = Console(highlight=False)
+    console = _console()
     for number, (name, (title, entries)) in enumerate(kinds.items()):
         console.print(f"{'' if number == 0 else chr(10)}[bold]{title}[/bold]")
         width = max(map(len, entries), default=0)
@@ -199,7 +200,7 @@ def _doctor() -> None:
     """Say what is installed, what is missing and the command that mends it; run a ten-second self-test."""
     from experiments.doctor import Finding, examine
 
-    console = Console(highlight=False)
+    console = _console()
     colours = {"ok": "green", "missing": "yellow", "slow": "yellow", "broken": "red"}
     bad: list[Finding] = []
     with console.status("looking …"):
@@ -234,7 +235,7 @@ def _run(experiment: "Experiment", config: Any, options: "Options", quiet: bool)
     store = Store(options.out)
     summary = run(tasks, store, jobs=options.jobs or available_cpus(), progress=not quiet)
     report.build(options.out)
-    console = Console(highlight=False)
+    console = _console()
     for table in closing_tables(record for task in tasks if (record := store.load(task.trial)) is not None):
         console.print(table)
     kept = f", {summary.skipped} kept from before" if summary.skipped else ""
@@ -286,6 +287,12 @@ def _show_files(folder: Path) -> None:
     for name in ("report.html", "tradeoff.png", "reconstructions.png", "results.csv"):
         if (folder / name).exists():
             typer.echo(f"  {folder / name}")
+
+
+def _console() -> Console:
+    """Return where tables are printed; into a pipe or a file they are not squeezed to a terminal's 80 columns."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPED_COLUMNS)
 
 
 if __name__ == "__main__":

@@ -30,15 +30,22 @@ SHOWN = 8  # reconstructions kept for the picture
 class Config:
     """Options of the experiment."""
 
-    protocols: tuple[str, ...] = field(default=("vanilla",), metadata={"help": "protocols to train under"})
+    protocols: tuple[str, ...] = field(
+        default=("vanilla",), metadata={"help": f"protocols to train under, of {', '.join(PROTOCOLS)}"}
+    )
     cuts: tuple[str, ...] = field(
         default=("default",), metadata={"help": "last layer below the cut, by name; default: the model's usual one"}
     )
     protections: tuple[str, ...] = field(
         default=("none", "noise", "nopeek", "compression"),
-        metadata={"help": "NAME for all its strengths, or NAME:STRENGTH for one, such as noise:0.1"},
+        metadata={
+            "help": f"of {', '.join(PROTECTIONS)}; NAME for all its strengths, NAME:STRENGTH for one, such as noise:0.1"
+        },
     )
-    attacks: tuple[str, ...] = field(default=("rmle", "decoder"), metadata={"help": "attacks on the activations"})
+    attacks: tuple[str, ...] = field(
+        default=("rmle", "decoder"),
+        metadata={"help": f"attacks on the activations, of {', '.join(ATTACKS)}; '' for none"},
+    )
     targets: int = field(default=100, metadata={"help": "private samples that are attacked"})
     releases: int = field(
         default=1, metadata={"help": "how often each target crosses, under fresh noise; the attacker averages"}

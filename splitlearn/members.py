@@ -31,7 +31,8 @@ class Member:
 
     ``batches`` yields (x, y) anew on every round. Entries named in ``local`` stay with the member: they are neither
     taken from the fed server nor sent to it. Batch norm's, for example (FedBN, Li et al. 2021, arXiv:2102.07623);
-    see ``batch_norm_entries``. The optimizer's state is the member's own and outlives the round.
+    see ``batch_norm_entries``. The fed server's copy then keeps the local entries that it started with: evaluate
+    through a member. The optimizer's state is the member's own and outlives the round.
     """
 
     def __init__(

@@ -17,11 +17,12 @@ from experiments import parity, tradeoff
 from experiments.catalogue import ATTACKS, BENCHES, EXPERIMENTS, PROTECTIONS, PROTOCOLS
 from experiments.cli import main
 from experiments.experiment import Options
-from experiments.parts import Aim, Attack
+from experiments.parts import Aim, Attack, Protection, Shield
 from experiments.runner import Outcome, run
 from experiments.store import Store
 from experiments.training import Training, load_splits
 from splitlearn.data import Dataset, Splits, split
+from splitlearn.guard import Guard
 from splitlearn.threat import Grants, Threat, observe
 from splitlearn.train import predict
 
@@ -261,3 +262,31 @@ def test_parity_holds_on_tables_for_every_protocol() -> None:
         utility = task.call().utility
         if task.labels["protocol"] != "vertical":
             assert utility["weights_difference"] == 0, task.title
+
+
+def test_a_new_protection_is_its_own_file_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Halved(Guard):
+        def activation(self, z: torch.Tensor) -> torch.Tensor:
+            return z / 2
+
+    line = Protection("activations halved", "", ("",), lambda _: Shield(Halved()))
+    monkeypatch.setitem(PROTECTIONS, "halved", line)
+    monkeypatch.setattr(sys, "argv", ["splitlearn", "list", "protections"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "activations halved" in capsys.readouterr().out
+    config = replace(TOY, protections=("halved",), attacks=("rmle",), targets=2)
+    (task,) = tradeoff.tasks(config, ONCE)
+    assert task.config["protection"]["guard"] == "Halved()"
+    assert task.call().leakage[0].advantage > 0.9  # a scale hides nothing from who knows it
+
+
+def test_help_names_what_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["splitlearn", "run", "tradeoff", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    text = capsys.readouterr().out
+    for name in (*PROTECTIONS, *ATTACKS, *PROTOCOLS):
+        assert name in text, name
