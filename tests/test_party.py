@@ -715,3 +715,10 @@ def test_a_guard_that_forgets_to_return_is_one_line() -> None:
         ValueError, match=r"client: expected Forgetful\(\) to return what is sent for 4 samples, got None"
     ):
         Learner("client", nn.Linear(3, 2), guard=Forgetful()).forward(torch.rand(4, 3))
+
+
+def test_a_finite_gradient_whose_sum_overflows_is_taken() -> None:
+    party = Learner("client", nn.Linear(3, 2))
+    z = party.forward(torch.rand(4, 3))
+    party.backward(torch.full_like(z, 1e38))
+    assert party.steps == 1
