@@ -307,7 +307,7 @@ def _counted(meters: Sequence[Metered]) -> dict[str, dict[str, int]]:
 def _narrow(splits: Splits, training: Training, whole: nn.Module, columns: int, clients: int) -> nn.Module:
     """Return a bottom for some columns of a table, as wide at the cut as this client's share of the whole bottom."""
     with torch.no_grad():
-        width = whole.cpu()(splits.private.x[:1]).shape[-1]
+        width = whole(splits.private.x[:1].to(training.device)).shape[-1]
     if width % clients:
         raise ValueError(
             f"expected clients that share {width} features at the cut evenly, got {clients}; use --clients 2"

@@ -108,9 +108,8 @@ def tasks(config: Config, options: Options) -> list[Task]:
         raise ValueError(f"expected --releases of 1 or more, got {config.releases}")
     device = device_of(options.device)
     sizes = sizes_of(options.data, private=config.private, auxiliary=config.auxiliary)
-    splits = load_splits(
-        options.data, options.data_dir, sizes=sizes
-    )  # absent or damaged data ends here, before any work
+    # Absent or damaged data ends here, before any work.
+    splits = load_splits(options.data, options.data_dir, sizes=sizes)
     _check_inputs(config, protections, splits.private)
     most = len(splits.private) // config.clients if config.clients > 0 else 0
     if config.attacks and not 1 <= config.targets <= most:

@@ -1,16 +1,14 @@
 """Codecs: error bounds, independence of the rows, losslessness, error feedback, and forged parts."""
 
-import resource
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from little_memory import little_memory
 from torch import Tensor, nn
 
 from splitlearn.codecs import ErrorFeedback, Float16, Int8, TopK, Zstd, through
@@ -202,18 +200,6 @@ class Forger:
 
     def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         raise AssertionError("a forger only sends")
-
-
-@contextmanager
-def little_memory(nbytes: int = 64 << 20) -> Iterator[None]:
-    """Whatever asks for ``nbytes`` more address space than there is now fails, and not with a ValueError."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def squeezed(raw: bytes, dtype: int, *shape: int, **settings: bool) -> dict[str, Tensor]:

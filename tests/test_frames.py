@@ -1,17 +1,14 @@
 """Frames: round trips over all types and shapes, and every malformed one a ValueError within bounded memory."""
 
 import json
-import resource
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from little_memory import little_memory
 from torch import Tensor
 
 from splitlearn.codecs import Int8
@@ -66,18 +63,6 @@ def forge(header: bytes | object, payload: bytes = b"") -> bytes:
     body = LENGTH.pack(len(text)) + text
     crc = zlib.crc32(body, zlib.crc32(PRELUDE.pack(MAGIC, VERSION, 0, 0, 0, len(payload))))
     return PRELUDE.pack(MAGIC, VERSION, 0, crc, 0, len(payload)) + body + payload
-
-
-@contextmanager
-def little_memory(nbytes: int = 64 << 20) -> Iterator[None]:
-    """Whatever asks for ``nbytes`` more address space than there is now fails, and not with a ValueError."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 METADATA = {"verb": "learn", "session": "server", "step": "000000000001"}
