@@ -1,5 +1,27 @@
 """Mechanisms with a proof; each states adjacency, sensitivity, what is protected, from whom, and what is not."""
 
-from privacy.dp.gaussian import ClippedGaussian
+from privacy.dp import (
+    Accounted,
+    Adjacency,
+    Budget,
+    BudgetExceeded,
+    ClippedGaussian,
+    ClippedLaplace,
+    GaussianRelease,
+    LaplaceRelease,
+    PrivateLearner,
+    RandomisedResponse,
+)
 
-__all__ = ["ClippedGaussian"]
+__all__ = [
+    "Accounted",
+    "Adjacency",
+    "Budget",
+    "BudgetExceeded",
+    "ClippedGaussian",
+    "ClippedLaplace",
+    "GaussianRelease",
+    "LaplaceRelease",
+    "PrivateLearner",
+    "RandomisedResponse",
+]

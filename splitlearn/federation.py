@@ -6,7 +6,7 @@ weights come out of it bit for bit. Integer buffers are never averaged. Entries 
 stay in the global model as they were.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -23,11 +23,24 @@ __all__ = [
 ]  # fmt: skip
 
 T = TypeVar("T")
-Aggregator = Callable[[Sequence[Mapping[str, Tensor]], Sequence[int]], Weights]
 
 
-def mean(weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> Weights:
-    """Return Σ (n/N)·w over the members with samples, entry by entry; integer entries are the first such one's."""
+class Aggregator(Protocol):
+    """Makes one set of weights of the members'."""
+
+    def __call__(
+        self, weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int], start: Mapping[str, Tensor]
+    ) -> Weights:
+        """Return the entries of a round's result, given each member's weights, samples, and what all started from."""
+
+
+def mean(
+    weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int], start: Mapping[str, Tensor] | None = None
+) -> Weights:
+    """Return Σ (n/N)·w over the members with samples, entry by entry; integer entries are the first such one's.
+
+    ``start`` makes no difference to it.
+    """
     if not weights or len(weights) != len(counts) or min(counts) < 0 or sum(counts) == 0:
         raise ValueError(
             f"expected weights of members with some samples, got {len(weights)} weights, counts {list(counts)}"
@@ -70,7 +83,7 @@ def fedavg_round(members: Sequence[FedMember], model: Party, *, aggregate: Aggre
     _named(members)
     start = model.weights()
     weights, counts, done = _finished(*_collect(members, start))
-    model.load_weights({**start, **aggregate(weights, counts)})
+    model.load_weights({**start, **aggregate(weights, counts, start)})
     return done
 
 
@@ -93,8 +106,8 @@ def splitfed_v1_round(
     for member in members:
         sessions[member.name].load_weights(top_start)
     weights, counts, done = _finished(*_collect(members, start))
-    bottom.load_weights({**start, **aggregate(weights, counts)})
-    top.load_weights(aggregate([sessions[name].weights() for name in done.counts], counts))
+    bottom.load_weights({**start, **aggregate(weights, counts, start)})
+    top.load_weights(aggregate([sessions[name].weights() for name in done.counts], counts, top_start))
     return done
 
 
@@ -119,7 +132,7 @@ def splitfed_v2_round(
     results, dropped = _collect([members[place] for place in places], start)
     in_place = {member.name: results[member.name] for member in members if member.name in results}
     weights, counts, done = _finished(in_place, dropped)
-    bottom.load_weights({**start, **aggregate(weights, counts)})
+    bottom.load_weights({**start, **aggregate(weights, counts, start)})
     return done
 
 
@@ -137,7 +150,7 @@ def splitfed_v3_round(
     for member in members:
         sessions[member.name].load_weights(start)
     done = apart_round(members)
-    top.load_weights(aggregate([sessions[name].weights() for name in done.counts], list(done.counts.values())))
+    top.load_weights(aggregate([sessions[name].weights() for name in done.counts], list(done.counts.values()), start))
     return done
 
 
@@ -206,7 +219,7 @@ def parallel_round(
     if not any(counts.values()):
         raise ValueError("expected a client with some samples, got none; give each client its batches")
     if bottom is not None:
-        bottom.load_weights(aggregate([client.weights() for client in clients], list(counts.values())))
+        bottom.load_weights(aggregate([client.weights() for client in clients], list(counts.values()), start))
     return Round(counts, loss=total / sum(counts.values()))
 
 

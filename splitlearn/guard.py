@@ -1,5 +1,6 @@
 """Guard: what a party does to what it sends. Nothing, until a method is overridden."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,10 @@ class Guard:
     def penalises(self) -> bool:
         """Whether this guard adds a penalty to the loss of a party that sends activations."""
         return type(self).penalty is not Guard.penalty
+
+    def simulated(self) -> "Guard":
+        """Return a guard that does the same for who only simulates it, such as an attacker: nothing is sent by it."""
+        return copy.deepcopy(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must carry: tensors, numbers, strings and dicts of them."""
@@ -86,6 +91,10 @@ class Guards(Guard):
     def penalises(self) -> bool:
         """Whether one of the guards does."""
         return any(guard.penalises for guard in self.guards)
+
+    def simulated(self) -> Guard:
+        """Return the guards as each is simulated."""
+        return Guards(*(guard.simulated() for guard in self.guards))
 
     def state_dict(self) -> dict[str, Any]:
         """Return each guard's state under its position."""

@@ -140,7 +140,7 @@ class Learner:
                     outputs.append(penalty)
                     gradients.append(torch.ones_like(penalty))
                 if outputs:
-                    self._step(lambda: torch.autograd.backward(outputs, gradients))
+                    self._step(outputs, gradients)
                 return self.guard.gradient(_gradient(x)) if x.requires_grad else None
         finally:
             self._turn.give(self)
@@ -160,7 +160,7 @@ class Learner:
             with self._rng.own(z.device):
                 loss = self._mean_loss(self._output(z), y)
                 if loss.requires_grad:
-                    self._step(loss.backward)
+                    self._step([loss], [torch.ones_like(loss)])
                 return loss.detach(), self.guard.gradient(_gradient(z), y) if z.requires_grad else None
         finally:
             self._turn.give(self)
@@ -321,14 +321,15 @@ class Learner:
                 "lower the learning rate, or look for non-finite inputs"
             )
 
-    def _step(self, differentiate: Callable[[], None]) -> None:
+    def _step(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
+        """Differentiate and update: ``gradients`` are those of the loss in ``outputs``."""
         if self.optimizer is None:
-            differentiate()
+            torch.autograd.backward(outputs, gradients)
             for parameter in self.stage.parameters():
                 parameter.grad = None
         else:
             self.optimizer.zero_grad()
-            differentiate()
+            torch.autograd.backward(outputs, gradients)
             self.optimizer.step()
         self.steps += 1
 

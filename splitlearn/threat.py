@@ -72,7 +72,7 @@ class Encoder(nn.Module):
     def __init__(self, stage: nn.Module, guard: Guard | None = None, codec: Codec | None = None):
         super().__init__()
         self.stage = copy.deepcopy(stage).eval().requires_grad_(False)
-        self.guard = copy.deepcopy(guard) if guard is not None else Guard()
+        self.guard = guard.simulated() if guard is not None else Guard()
         self.codec = codec
         self.releases = 1
         self.eval()

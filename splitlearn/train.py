@@ -10,9 +10,16 @@ from torch import Tensor
 
 from splitlearn.checkpoint import load_checkpoint, save_checkpoint
 
-__all__ = ["Batches", "History", "Predictor", "Progress", "Stateful", "epochs_of", "evaluate", "fit", "predict"]
+__all__ = [
+    "Batches", "History", "Predictor", "Progress", "Stateful", "TrainingStopped", "epochs_of", "evaluate", "fit",
+    "predict",
+]  # fmt: skip
 
 Progress = Callable[[int, int, float, float | None], None]  # epoch done, epochs in all, loss, score
+
+
+class TrainingStopped(Exception):  # noqa: N818 - a reason to stop, such as a budget that is spent, not a fault
+    """Raised inside an epoch to end the training in good order: ``fit`` returns what was done, and says why."""
 
 
 class Stateful(Protocol):
@@ -76,6 +83,7 @@ class History:
     scores: list[float] = field(default_factory=list)
     best_epoch: int | None = None  # of the best score, counted from 1
     stopped_early: bool = False
+    stopped_by: str = ""  # why an epoch ended the training (``TrainingStopped``); its own steps stay made
 
 
 def epochs_of(step: Callable[[Tensor, Tensor], Tensor], batches: Batches) -> Callable[[], float]:
@@ -105,7 +113,8 @@ def fit(
     ``state`` names all that training changes: parties, members, batches. With ``checkpoint`` it is saved after
     every epoch, and a file that is there is resumed from, to the bit-same result; a finished run is not run again.
     ``validate`` returns a score (greater is better); with ``patience`` training stops after as many epochs without
-    a better one, and at the end the best state is put back.
+    a better one, and at the end the best state is put back. An epoch that raises ``TrainingStopped`` ends the training:
+    the history says why, what it had changed by then stays, and the checkpoint is that of the last whole epoch.
     """
     if epochs < 1:
         raise ValueError(f"expected at least one epoch, got {epochs}")
@@ -123,7 +132,11 @@ def fit(
     if checkpoint is not None and checkpoint.exists():
         history, best, done = _resumed(checkpoint, holders, epochs=epochs, keeps_best=patience is not None)
     while done < epochs and not history.stopped_early:
-        history.losses.append(epoch())
+        try:
+            history.losses.append(epoch())
+        except TrainingStopped as stop:
+            history.stopped_by = str(stop)
+            break
         done += 1
         if validate is not None:
             score = validate()

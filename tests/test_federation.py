@@ -154,7 +154,10 @@ def test_a_round_is_the_mean_of_its_members_by_hand() -> None:
 
 
 def test_an_aggregator_may_be_passed_to_every_round() -> None:
-    def first(weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> dict[str, Tensor]:
+    def first(
+        weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int], start: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        assert all(start[name].shape == entry.shape for name, entry in weights[0].items())
         seen.append(list(counts))
         return dict(weights[0])
 

@@ -1,5 +1,20 @@
-"""Differential privacy: mechanisms whose guarantee has a proof."""
+"""Differential privacy: mechanisms whose guarantee has a proof, one account of all they release, and an audit of it."""
 
+from privacy.dp.accountants import calibrate, epsilon
+from privacy.dp.accounted import Accounted
+from privacy.dp.budget import Account, Adjacency, Budget, BudgetExceeded, Claim, Shaper
 from privacy.dp.gaussian import ClippedGaussian
+from privacy.dp.gradient import OnGradient
+from privacy.dp.labels import ForwardCrossEntropy, RandomisedResponse, UnbiasedCrossEntropy
+from privacy.dp.laplace import ClippedLaplace
+from privacy.dp.poisson import PaddedCrossEntropy, PoissonBatches, joint_noise_multiplier
+from privacy.dp.releases import Clear, GaussianRelease, LaplaceRelease, Release, Releases, ResponseRelease
+from privacy.dp.sgd import PrivateLearner
+from privacy.dp.user_level import PrivateMean, poisson_members
 
-__all__ = ["ClippedGaussian"]
+__all__ = [
+    "Account", "Accounted", "Adjacency", "Budget", "BudgetExceeded", "Claim", "Clear", "ClippedGaussian",
+    "ClippedLaplace", "ForwardCrossEntropy", "GaussianRelease", "LaplaceRelease", "OnGradient", "PaddedCrossEntropy",
+    "PoissonBatches", "PrivateLearner", "PrivateMean", "RandomisedResponse", "Release", "Releases", "ResponseRelease",
+    "Shaper", "UnbiasedCrossEntropy", "calibrate", "epsilon", "joint_noise_multiplier", "poisson_members",
+]  # fmt: skip

@@ -1,0 +1,203 @@
+"""Accounted: a guard that enters what its mechanism releases into accounts, before it is sent."""
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from privacy.dp.budget import BEARS_ON, Account
+from privacy.dp.releases import Clear, Release
+from splitlearn import Batches, Guard, Guards, Kind
+
+__all__ = ["Accounted"]
+
+
+class Accounted(Guard):
+    """Sends what ``mechanism`` sends, and enters every release into each of ``accounts`` first.
+
+    ``mechanism`` is a guard with a proof (``ClippedGaussian``, ``ClippedLaplace``, ``OnGradient``,
+    ``RandomisedResponse``), or ``Guards`` of several. Where a release would exceed a budget, nothing is sent and
+    ``BudgetExceeded`` is raised.
+
+    Under a sample's adjacency an account counts the releases of the sample that is released most often. ``over`` says
+    how samples pass: ``Batches``, a ``DataLoader`` that draws without replacement, or the number of rows in a pass, all
+    of different samples. Rows are then counted, and every begun pass is a release; a pass that is broken off must be
+    closed by ``new_pass()``. Without ``over`` every frame is a release of one and the same sample. Under a client's
+    adjacency every row of every frame is a release.
+
+    ``crosses`` names the kinds that cross from this party, where the accounts bear on more than the mechanism covers:
+    those without a mechanism are entered as crossing in the clear. Predictions (no gradient) are not entered, since the
+    sample predicted is as a rule none of those trained on; ``predicted`` counts their rows, each a release of its own
+    sample. With ``predictions=True`` they are entered like all else.
+    """
+
+    def __init__(
+        self,
+        mechanism: Guard,
+        *accounts: Account,
+        over: "Batches | DataLoader[Any] | int | None" = None,
+        crosses: Collection[Kind] | None = None,
+        predictions: bool = False,
+    ):
+        self.mechanism, self.accounts, self.predictions = mechanism, accounts, predictions
+        self.rows = Counter[str]()
+        self.passes = Counter[str]()
+        self.predicted = 0
+        self._over = None if over is None else rows_in_a_pass(over)
+        self._releases = _releases(mechanism)
+        self._clear: frozenset[Kind] = frozenset()
+        if not self._releases:
+            raise ValueError(f"expected a mechanism with a proof, got {mechanism!r}; ClippedGaussian is one")
+        if not accounts:
+            raise ValueError("expected at least one account to enter releases into; budget.account(…) opens one")
+        for account in accounts:
+            self._check(account, crosses)
+        self._crosses = None if crosses is None else frozenset(Kind(kind) for kind in crosses)
+        self._clear = (self._crosses or frozenset()) - set(self._releases)
+
+    def __repr__(self) -> str:
+        return f"Accounted({self.mechanism!r}, {', '.join(repr(str(account.adjacency)) for account in self.accounts)})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Accounted":
+        """Return a guard of its own that enters what it sends into the same accounts."""
+        other = copy.copy(self)
+        other.mechanism = copy.deepcopy(self.mechanism, memo)
+        other.rows, other.passes = Counter(self.rows), Counter(self.passes)
+        return other
+
+    def activation(self, z: Tensor) -> Tensor:
+        """Return what the mechanism sends for ``z``; entered first."""
+        self._enter(Kind.ACTIVATION, len(z))
+        return self.mechanism.activation(z)
+
+    def gradient(self, g: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return what the mechanism sends for ``g``; entered first."""
+        self._enter(Kind.GRADIENT, len(g))
+        return self.mechanism.gradient(g, y)
+
+    def label(self, y: Tensor) -> Tensor:
+        """Return what the mechanism sends for ``y``; entered first."""
+        self._enter(Kind.LABEL, len(y))
+        return self.mechanism.label(y)
+
+    def penalty(self, x: Tensor, z: Tensor) -> Tensor | None:
+        """Return the mechanism's own penalty."""
+        return self.mechanism.penalty(x, z)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the mechanism does."""
+        return self.mechanism.penalises
+
+    def new_pass(self) -> None:
+        """Say that a new pass over the samples begins, though the last one may not have been finished."""
+        assert self._over is None or self._over > 0
+        for kind in self.rows:
+            self.rows[kind] = self.passes[kind] * (self._over or 0)
+
+    def simulated(self) -> Guard:
+        """Return the mechanism alone: who simulates what it sends releases nothing."""
+        return self.mechanism.simulated()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far each pass is; the accounts are in the budget's own state."""
+        return {
+            "mechanism": self.mechanism.state_dict(), "rows": dict(self.rows), "passes": dict(self.passes),
+            "predicted": self.predicted,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        self.mechanism.load_state_dict(state["mechanism"])
+        self.rows, self.passes = Counter(state["rows"]), Counter(state["passes"])
+        self.predicted = state["predicted"]
+
+    def _enter(self, kind: Kind, rows: int) -> None:
+        """Enter a frame of ``rows`` rows of one kind into every account that it bears on."""
+        release = self._releases.get(kind, Clear() if kind in self._clear else None)
+        if release is None or not rows:
+            return
+        if kind is Kind.ACTIVATION and not torch.is_grad_enabled() and not self.predictions:
+            self.predicted += rows
+            return
+        passes = self._passes_with(kind, rows)
+        for account in self.accounts:
+            if account.bears_on(kind):
+                times = rows if account.adjacency.unit == "client" else passes - self.passes[kind]
+                # Where one of several accounts is exhausted, those before it have entered what is not sent: too much
+                # is entered then, never too little.
+                account.spend(release, min(times, 1) if isinstance(release, Clear) else times)
+        self.rows[kind] += rows
+        self.passes[kind] = passes
+
+    def _passes_with(self, kind: Kind, rows: int) -> int:
+        """Return how many passes will have begun once ``rows`` more rows have crossed."""
+        if self._over is None:
+            return self.passes[kind] + 1
+        if rows > self._over:
+            raise ValueError(
+                f"expected frames of at most {self._over} rows, those of a pass, got {rows}: a sample would cross "
+                "twice in one frame; over=… is how many samples pass"
+            )
+        return -(-(self.rows[kind] + rows) // self._over)
+
+    def _check(self, account: Account, crosses: Collection[Kind] | None) -> None:
+        covered = [kind for kind in self._releases if account.bears_on(kind)]
+        if not covered:
+            raise ValueError(
+                f"expected an account on which {self.mechanism!r} bears, got one to {account.adjacency}; "
+                f"{_fitting(self._releases)}"
+            )
+        if account.model != "local":
+            raise ValueError(
+                f"expected a local account, got a {account.model} one: this noise is each sample's own, and no sum "
+                "over samples hides it; budget.account(…, model='local')"
+            )
+        open_kinds = [kind for kind in (Kind.ACTIVATION, Kind.LABEL) if account.bears_on(kind)]
+        if crosses is None and (lacking := [kind for kind in open_kinds if kind not in self._releases]):
+            raise ValueError(
+                f"expected crosses={{Kind.…}} for the account to {account.adjacency}, on which {lacking[0]}s bear too: "
+                f"{self.mechanism!r} does not cover them; name all kinds that cross from this party, or add a mechanism"
+            )
+
+
+def rows_in_a_pass(over: "Batches | DataLoader[Any] | int") -> int:
+    """Return how many rows, each of another sample, one pass sends; ``ValueError`` where samples may come twice."""
+    if isinstance(over, Batches):
+        return len(over) * over.batch_size if over.drop_last else len(over.x)
+    if isinstance(over, DataLoader):
+        sampler = over.sampler
+        if not isinstance(sampler, SequentialSampler | RandomSampler) or getattr(sampler, "replacement", False):
+            how = " with replacement" if getattr(sampler, "replacement", False) else ""
+            raise ValueError(
+                f"expected a loader that draws each sample once a pass, got {type(sampler).__name__}{how}: a sample "
+                "may come twice, and its ε would be counted once; shuffle without replacement, or leave over=… out "
+                "(then every frame counts)"
+            )
+        samples = len(sampler)
+        if over.drop_last:
+            assert over.batch_size is not None
+            samples -= samples % over.batch_size
+        return samples
+    if not isinstance(over, int) or over < 1:
+        raise ValueError(f"expected Batches, a DataLoader, or at least one row in a pass, got {over!r}")
+    return over
+
+
+def _releases(guard: Guard) -> dict[Kind, Release]:
+    """Return what a guard releases by kind; of several in a row the first one counts, the rest is post-processing."""
+    found: dict[Kind, Release] = {}
+    for one in guard.guards if isinstance(guard, Guards) else (guard,):
+        for kind, release in getattr(one, "releases", {}).items():
+            found.setdefault(kind, release)
+    return found
+
+
+def _fitting(releases: Mapping[Kind, Release]) -> str:
+    kinds = " and ".join(f"{kind}s" for kind in releases)
+    fitting = [repr(str(adjacency)) for adjacency, bearing in BEARS_ON.items() if bearing & set(releases)]
+    return f"{kinds} bear on: {', '.join(fitting)}"
