@@ -116,22 +116,21 @@ class Account:
     def spend(self, release: Release, times: int = 1, *, slack: float = 0.0) -> None:
         """Enter ``times`` releases, each of what one neighbour may change; ``BudgetExceeded`` where that is too much.
 
-        Nothing is entered then. ``slack`` adds to the probability that the run is not the one accounted for.
+        Nothing is entered then. ``slack`` is the probability, of each of them, that it is not what is accounted for.
         """
         if times < 0 or not 0 <= slack < 1:
             raise ValueError(f"expected 0 releases or more and a probability, got {times} and {slack}")
-        if not times and not slack:
+        if not times:
             return
-        if not self._affords(release, times, self.slack + slack):
-            total = self.releases + Counter({release: times})
-            would = epsilon(total, self.budget.delta, by=self.budget.by, slack=self.slack + slack)
+        if not self._affords(release, times, slack):
+            would = self._epsilon_with(release, times, slack, self.budget.by)
             raise BudgetExceeded(
                 f"expected at most ε={self.budget.epsilon:g} at δ={self.budget.delta:g} for {self.name}, got "
                 f"{_number(would)} with the next of {_listed(self.releases) or 'no releases so far'}; it was not made: "
                 "stop here, or start again with more noise (Account.noise_for says how much)"
             )
         self.releases[release] += times
-        self.slack += slack
+        self.slack += times * slack
 
     def noise_for(self, make: Callable[[float], Release], *, releases: int) -> float:
         """Return the least noise with which ``releases`` of ``make(noise)`` fit into what is left of the budget.
@@ -157,22 +156,25 @@ class Account:
             _listed(self.releases) or "nothing released",
         )  # fmt: skip
 
+    def _epsilon_with(self, release: Release, more: int, slack: float, by: Accountant) -> float:
+        total = self.releases + Counter({release: more})
+        return epsilon(total, self.budget.delta, by=by, slack=self.slack + more * slack)
+
     def _affords(self, release: Release, times: int, slack: float) -> bool:
         """Whether the budget allows these releases on top; how many it allows is worked out once a kind of release."""
-        limit, delta, by = self.budget.epsilon, self.budget.delta, self.budget.by
-        if limit == inf:
-            return True
+        limit, by = self.budget.epsilon, self.budget.by
+        if limit == inf or isinstance(release, made.Clear):
+            return limit == inf
 
         def fits(more: int, accountant: Accountant) -> bool:
-            return epsilon(self.releases + Counter({release: more}), delta, by=accountant, slack=slack) <= limit
+            return self._epsilon_with(release, more, slack, accountant) <= limit
 
-        if isinstance(release, made.Clear):
-            return not times
-        known = self._allowance
         others = Counter({other: count for other, count in self.releases.items() if other != release})
+        known, there = self._allowance, self.releases[release]
+        # What was entered since is this release alone, under the same slack: the bound that was found still holds.
         if known is not None and known[:3] == (others, slack, release):
-            return self.releases[release] + times <= known[3]
-        if by != "rdp" and fits(times, "rdp"):  # the fast bound; what it allows needs no distribution
+            return there + times <= known[3]
+        if by != "rdp" and fits(times, "rdp"):  # the fast bound: what it allows needs no distribution
             return True
         if not fits(times, by):
             return False
@@ -182,7 +184,7 @@ class Account:
         while step > 1:
             step //= 2
             most += step if fits(most + step, by) else 0
-        self._allowance = (others, slack, release, self.releases[release] + most)
+        self._allowance = (others, slack, release, there + most)
         return True
 
 
