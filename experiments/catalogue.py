@@ -1,5 +1,6 @@
 """All that the command line can be asked for, by name."""
 
+from experiments.bench_dp import audit_power, dp_overhead
 from experiments.bench_import import import_time
 from experiments.bench_split import split_overhead
 from experiments.experiment import Experiment
@@ -14,5 +15,9 @@ EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (TRADEOFF, PARITY
 
 BENCHES: dict[str, Bench] = {
     "split-overhead": Bench("what splitting costs in time and bytes, against the same step unsplit", split_overhead),
+    "dp": Bench("what DP-SGD costs in time: per-sample and ghost clipping, against the plain split step", dp_overhead),
+    "audit": Bench(
+        "how well the audit bounds ε from below, convicts planted faults and spares the honest", audit_power
+    ),
     "import": Bench("what `import splitlearn` takes beyond `import torch`", import_time),
 }

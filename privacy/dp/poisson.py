@@ -1,5 +1,6 @@
 """Poisson batches: each sample takes part by chance and in secret, padded so that nobody sees how many do."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, exp, sqrt
@@ -48,7 +49,9 @@ def joint_noise_multiplier(noise_multipliers: Sequence[float]) -> float:
 
 def capacity_for(num_samples: int, rate: float, failure: float) -> int:
     """Return the least number of rows that a Poisson batch exceeds with a probability of at most ``failure``."""
-    return min(num_samples, max(1, int(binom.isf(failure, num_samples, rate)) + 1))
+    # Not binom.isf, which goes by 1 - failure and knows none below 1e-16.
+    rows = range(num_samples + 1)
+    return max(1, bisect_left(rows, True, key=lambda count: bool(binom.sf(count, num_samples, rate) <= failure)))
 
 
 class PoissonBatches:
@@ -100,12 +103,12 @@ class PoissonBatches:
                 f"{', '.join(one.name for one in account.private) or 'none'}, got "
                 f"{', '.join(one.name for one in parties) or 'none'}; name them in shaped_by=… of budget.account too"
             )
-        self.expected = rate * len(x)
+        self.expected = parties[0].expected_batch_size  # public, and so not exactly that of these samples
         for party in parties:
-            if abs(party.expected_batch_size / self.expected - 1) > 1e-9:
+            if party.expected_batch_size != self.expected or not 2 / 3 < rate * len(x) / self.expected < 3 / 2:
                 raise ValueError(
-                    f"{party.name}: expected the expected batch size rate · samples = {self.expected:g}, got "
-                    f"{party.expected_batch_size:g}; all parties divide by the same public number"
+                    f"{party.name}: expected the same expected batch size of all parties, about rate · samples = "
+                    f"{rate * len(x):g}, got {party.expected_batch_size:g}; it is a public number, that all divide by"
                 )
         if not amplified:
             warn(
@@ -117,7 +120,9 @@ class PoissonBatches:
         self.capacity = capacity_for(len(x), rate, failure) if capacity is None else capacity
         if self.capacity < 1:
             raise ValueError(f"expected a capacity of at least one row, got {capacity}")
-        self.overflow = float(binom.sf(self.capacity, len(x), rate))  # a batch's probability of being cut short
+        # A batch's probability of being cut short, that of the neighbour with one sample more being the greater one;
+        # a capacity of all samples grows with them.
+        self.overflow = float(binom.sf(self.capacity, len(x) + 1, rate)) if self.capacity < len(x) else 0.0
         self.x, self.y, self.rate, self.account, self.parties = x, y, rate, account, list(parties)
         self.physical = self.capacity if physical is None else physical
         if self.physical < 1:
@@ -142,7 +147,7 @@ class PoissonBatches:
             parts = list(zip(x.split(self.physical), y.split(self.physical), strict=True))
             for number, part in enumerate(parts, start=1):
                 for party in self.parties:
-                    party.allow(last=number == len(parts))
+                    party.allow(first=number == 1, last=number == len(parts))
                 yield part
 
     def state_dict(self) -> dict[str, Any]:
