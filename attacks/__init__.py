@@ -3,6 +3,7 @@
 from attacks.inversion.decoder import Convolutional, Decoder, Dense, decoder_family
 from attacks.inversion.maximum_likelihood import MaximumLikelihood
 from attacks.inversion.reconstruction import Inversion, Reconstruction
+from attacks.labels.sent import SentLabels
 
 __all__ = [
     "Convolutional",
@@ -11,5 +12,6 @@ __all__ = [
     "Inversion",
     "MaximumLikelihood",
     "Reconstruction",
+    "SentLabels",
     "decoder_family",
 ]

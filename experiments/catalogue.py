@@ -5,13 +5,15 @@ from experiments.bench_import import import_time
 from experiments.bench_split import split_overhead
 from experiments.experiment import Experiment
 from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
+from experiments.mechanisms import MECHANISMS
 from experiments.parity import PARITY
 from experiments.parts import Bench
+from experiments.privacy_utility import PRIVACY_UTILITY
 from experiments.tradeoff import TRADEOFF
 
-__all__ = ["ATTACKS", "BENCHES", "EXPERIMENTS", "PROTECTIONS", "PROTOCOLS"]
+__all__ = ["ATTACKS", "BENCHES", "EXPERIMENTS", "MECHANISMS", "PROTECTIONS", "PROTOCOLS"]
 
-EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (TRADEOFF, PARITY)}
+EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (TRADEOFF, PRIVACY_UTILITY, PARITY)}
 
 BENCHES: dict[str, Bench] = {
     "split-overhead": Bench("what splitting costs in time and bytes, against the same step unsplit", split_overhead),

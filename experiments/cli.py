@@ -131,10 +131,13 @@ def _which_bench(ctx: typer.Context) -> None:
 @app.command("list")
 def _list(
     kind: Annotated[
-        str, typer.Argument(help="experiments, protocols, attacks, protections, data or benches; all where left out.")
+        str,
+        typer.Argument(
+            help="experiments, protocols, attacks, protections, mechanisms, data or benches; all where left out."
+        ),
     ] = "",
 ) -> None:
-    """List what there is, a line each: experiments, protocols, attacks, defenses, data sets, benches."""
+    """List what there is, a line each: experiments, protocols, attacks, defenses, mechanisms, data sets, benches."""
     kinds = _catalogue()
     kind = {"defenses": "protections", "datasets": "data"}.get(kind, kind)
     if kind:
@@ -260,7 +263,7 @@ def _bench(name: str, measure: Callable[[], Mapping[str, Any]]) -> None:
 
 def _catalogue() -> dict[str, tuple[str, dict[str, str]]]:
     """Return, by kind, its title and the line that describes each thing."""
-    from experiments.catalogue import ATTACKS, BENCHES, EXPERIMENTS, PROTECTIONS, PROTOCOLS
+    from experiments.catalogue import ATTACKS, BENCHES, EXPERIMENTS, MECHANISMS, PROTECTIONS, PROTOCOLS
     from splitlearn.data import DATASETS
 
     kinds: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -268,6 +271,7 @@ def _catalogue() -> dict[str, tuple[str, dict[str, str]]]:
         "protocols": ("Protocols", PROTOCOLS),
         "attacks": ("Attacks", ATTACKS),
         "protections": ("Protections (defenses)", PROTECTIONS),
+        "mechanisms": ("Mechanisms with an ε (splitlearn run privacy_utility --mechanisms NAME)", MECHANISMS),
         "data": ("Data sets (splitlearn data NAME)", DATASETS),
         "benches": ("Benches (splitlearn bench NAME)", BENCHES),
     }

@@ -54,6 +54,10 @@ class Record(BaseModel):
     seconds: dict[str, float] = Field(default_factory=dict)  # by phase: data, train, attack …
     peak_memory_bytes: int = 0  # resident memory of the whole process at its highest, interpreter included
     epsilon: float | None = None  # of a mechanism with a proof; None where none is claimed
+    delta: float | None = None  # that ε is claimed at
+    epsilon_lower: float | None = None  # what an audit bounds ε by from below, at 95 % confidence
+    mse_bound: float | None = None  # least mean squared error of an unbiased attacker, by Fisher information
+    accounts: list[str] = Field(default_factory=list)  # what was released, an account a line; never added up
     visible: dict[str, list[str]] = Field(default_factory=dict)  # observer -> what it saw, in plain words
     notes: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)

@@ -34,6 +34,10 @@ class Outcome:
     nbytes: dict[str, dict[str, int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     epsilon: float | None = None
+    delta: float | None = None
+    epsilon_lower: float | None = None
+    mse_bound: float | None = None
+    accounts: list[str] = field(default_factory=list)
     visible: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     images: dict[str, Tensor] = field(default_factory=dict)

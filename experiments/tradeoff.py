@@ -11,19 +11,16 @@ from torch import Tensor
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
 from experiments.names import find
-from experiments.parts import Aim, Attack, Shield
+from experiments.parts import Aim, Shield
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
-from experiments.training import Trained, Training, build_model, default_cut, device_of, load_splits, sizes_of, warm_up
+from experiments.scoring import SHOWN, aim_of, attacked
+from experiments.training import Training, build_model, default_cut, device_of, load_splits, sizes_of, warm_up
 from splitlearn.cut import cut
 from splitlearn.data import DATASETS, Dataset, Splits
-from splitlearn.metrics import score_reconstruction
-from splitlearn.threat import Grants, observe
 from splitlearn.train import evaluate, predict
 
 __all__ = ["TRADEOFF", "Config"]
-
-SHOWN = 8  # reconstructions kept for the picture
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
                     spec = f"{protection}:{strength}" if strength else protection
                     alone = replace(config, protocols=(protocol,), cuts=(place,), protections=(spec,))
                     command = reproduction("tradeoff", alone, data=options.data, device=device, seed=seed)
-                    found.append(_task(trial, command, _aim(splits, seed), options.data_dir))
+                    found.append(_task(trial, command, aim_of(splits, seed), options.data_dir))
     return found
 
 
@@ -176,39 +173,6 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     )  # fmt: skip
 
 
-def attacked(
-    name: str, attack: Attack, trained: Trained, splits: Splits, x: Tensor, y: Tensor, *, training: Training
-) -> tuple[Leakage, Tensor]:
-    """Return what the best member of an attack's family got of the private inputs ``x``, and its estimate.
-
-    The attack sees its view and nothing else; ``x`` and the labels ``y`` serve to score what it returns, ``y`` for
-    the baseline of the class-mean image alone: the advantage is over the mean image.
-    """
-    assert trained.record is not None
-    auxiliary = splits.auxiliary
-    grants = Grants(trained.encoder, auxiliary.x.to(training.device))
-    view = observe(trained.record, threat=attack.threat, grants=grants, device=training.device)
-    results = {member: one(view) for member, one in attack.build(_aim(splits, training.seed)).items()}
-    scores = {
-        member: score_reconstruction(
-            x, result.x_hat.to(x.device), auxiliary_x=auxiliary.x, y=y, auxiliary_y=auxiliary.y
-        )
-        for member, result in results.items()
-    }
-    best = min(scores, key=lambda member: scores[member].metrics["mse"])
-    details = {
-        "best": best,
-        "mse_by_member": {member: score.metrics["mse"] for member, score in scores.items()},
-        "evidence": {member: dict(result.evidence) for member, result in results.items()},
-    }
-    score = scores[best]
-    leak = Leakage(
-        attack=name, family=attack.family, advantage=score.advantage, metrics=dict(score.metrics),
-        baselines=dict(score.baselines), details=details,
-    )  # fmt: skip
-    return leak, results[best].x_hat
-
-
 def _strengths(spec: str) -> list[tuple[str, str]]:
     """Return (protection, strength) for ``name`` (all its strengths) or ``name:strength``."""
     name, _, strength = spec.partition(":")
@@ -251,11 +215,6 @@ def _cuts(asked: tuple[str, ...], splits: Splits) -> list[str]:
     for place in places:
         cut(model, place)
     return places
-
-
-def _aim(splits: Splits, seed: int) -> Aim:
-    bounds = (0.0, 1.0) if splits.private.kind == "image" else None
-    return Aim(tuple(splits.private.x.shape[1:]), bounds, seed)
 
 
 def _task(trial: Trial, command: str, aim: Aim, data_dir: Path | None) -> Task:

@@ -1,6 +1,6 @@
 """Training loops around any protocol: fit, evaluate, early stopping, checkpoints and resume."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,7 +86,9 @@ class History:
     stopped_by: str = ""  # why an epoch ended the training (``TrainingStopped``); its own steps stay made
 
 
-def epochs_of(step: Callable[[Tensor, Tensor], Tensor], batches: Batches) -> Callable[[], float]:
+def epochs_of(
+    step: Callable[[Tensor, Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+) -> Callable[[], float]:
     """Return a function that runs one epoch of ``step(x, y) -> loss`` and returns the mean loss a sample."""
 
     def epoch() -> float:
@@ -113,8 +115,9 @@ def fit(
     ``state`` names all that training changes: parties, members, batches. With ``checkpoint`` it is saved after
     every epoch, and a file that is there is resumed from, to the bit-same result; a finished run is not run again.
     ``validate`` returns a score (greater is better); with ``patience`` training stops after as many epochs without
-    a better one, and at the end the best state is put back. An epoch that raises ``TrainingStopped`` ends the training:
-    the history says why, what it had changed by then stays, and the checkpoint is that of the last whole epoch.
+    a better one, and at the end the best state is put back. Where the epoch or its validation raises
+    ``TrainingStopped``, training ends: the history says why, what it had changed by then stays, and the checkpoint is
+    that of the last whole epoch.
     """
     if epochs < 1:
         raise ValueError(f"expected at least one epoch, got {epochs}")
@@ -133,13 +136,14 @@ def fit(
         history, best, done = _resumed(checkpoint, holders, epochs=epochs, keeps_best=patience is not None)
     while done < epochs and not history.stopped_early:
         try:
-            history.losses.append(epoch())
+            loss = epoch()
+            score = validate() if validate is not None else None
         except TrainingStopped as stop:
             history.stopped_by = str(stop)
             break
+        history.losses.append(loss)
         done += 1
-        if validate is not None:
-            score = validate()
+        if score is not None:
             if score != score:
                 raise ValueError(
                     f"expected validate() to return a score, got nan after epoch {done}; look at its inputs"

@@ -3,6 +3,7 @@
 from privacy.dp.accountants import calibrate, epsilon
 from privacy.dp.accounted import Accounted
 from privacy.dp.budget import Account, Adjacency, Budget, BudgetExceeded, Claim, Shaper
+from privacy.dp.fisher import bayesian_mse_bound, dfil, dfil_of, mse_bound
 from privacy.dp.gaussian import ClippedGaussian
 from privacy.dp.gradient import OnGradient
 from privacy.dp.labels import ForwardCrossEntropy, RandomisedResponse, UnbiasedCrossEntropy
@@ -16,5 +17,6 @@ __all__ = [
     "Account", "Accounted", "Adjacency", "Budget", "BudgetExceeded", "Claim", "Clear", "ClippedGaussian",
     "ClippedLaplace", "ForwardCrossEntropy", "GaussianRelease", "LaplaceRelease", "OnGradient", "PaddedCrossEntropy",
     "PoissonBatches", "PrivateLearner", "PrivateMean", "RandomisedResponse", "Release", "Releases", "ResponseRelease",
-    "Shaper", "UnbiasedCrossEntropy", "calibrate", "epsilon", "joint_noise_multiplier", "poisson_members",
+    "Shaper", "UnbiasedCrossEntropy", "bayesian_mse_bound", "calibrate", "dfil",
+    "dfil_of", "epsilon", "joint_noise_multiplier", "mse_bound", "poisson_members",
 ]  # fmt: skip

@@ -3,7 +3,8 @@
 - ``rdp``: Rényi DP (Mironov 2017, arXiv:1702.07476), converted as in Balle et al. 2020 (arXiv:1905.09982, theorem
   21). Fast; an upper bound.
 - ``pld``: privacy loss distributions (Sommer, Meiser and Mohammadi 2019; Google's dp-accounting), rounded upwards: an
-  upper bound, tight to the grid. Gaussian releases without sampling alone are in closed form (see ``analytic``).
+  upper bound, tight to the grid; Rényi DP's where that is less, or over 700. Gaussian releases without sampling alone
+  are in closed form (see ``analytic``).
 - ``prv``: privacy random variables (Gopi, Lee and Wutschitz 2021, arXiv:2106.02848; Opacus), for subsampled Gaussians
   alone; the upper end of its stated error.
 
@@ -13,8 +14,9 @@ depend on all before it.
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from math import exp, inf, isfinite, log, log1p, sqrt
+from math import exp, expm1, inf, isfinite, log, log1p, sqrt
 from typing import Any, Literal
+from warnings import catch_warnings, filterwarnings
 
 import numpy
 from numpy.typing import NDArray
@@ -35,6 +37,7 @@ ORDERS = numpy.array(
     + [*range(11, 64), 80, 96, 128, 192, 256, 512, 1024]
 )
 FINEST_GRID = 1e-4  # of privacy loss, dp-accounting's default
+LARGEST_EXPONENT = 700.0  # e to a greater ε is no float: Rényi DP's bound has to do
 LARGEST_GRID_POINTS = 400_000  # a coarser grid where ε is large keeps a distribution at about as many points
 TOLERANCE = 1e-4  # relative, on the safe side, of a calibrated noise multiplier
 
@@ -51,9 +54,9 @@ def epsilon(releases: Releases, delta: float, *, by: Accountant = "pld", slack: 
         return 0.0
     if any(isinstance(release, Clear) for release in made):
         return inf
-    found, left = -1.0, delta
+    found, left, pure = -1.0, delta, _pure(made)
     while True:  # upwards to the fixed point of ε = ε(δ − (1 + e^ε)·slack)
-        before, found = found, max(found, _EPSILON[by](made, left))
+        before, found = found, max(found, min(pure, _EPSILON[by](made, left)))
         if not isfinite(found) or slack == 0 or found - before <= 1e-9 * (1 + found):
             return found
         left = delta - (1 + exp(min(found, 700))) * slack
@@ -69,7 +72,8 @@ def delta(releases: Releases, epsilon: float) -> float:
     gaussian, others = _gathered(made)
     if not others:
         return delta_of(epsilon, gaussian)
-    return float(_composed(made, FINEST_GRID).get_delta_for_epsilon(epsilon))
+    grid = max(FINEST_GRID, 4 * _by_rdp(made, 1e-6) / LARGEST_GRID_POINTS)
+    return min(1.0, float(_composed(made, grid).get_delta_for_epsilon(epsilon)))
 
 
 def calibrate(
@@ -118,6 +122,20 @@ def calibrate(
     return high
 
 
+def _pure(made: Releases) -> float:
+    """Return the ε at δ = 0 by basic composition, which no other bound may exceed; infinite with Gaussian noise."""
+    total = 0.0
+    for release, times in made.items():
+        match release:
+            case LaplaceRelease(noise_multiplier):
+                total += times / noise_multiplier
+            case ResponseRelease(epsilon, _):
+                total += times * epsilon
+            case _:
+                return inf
+    return total
+
+
 def _by_rdp(made: Releases, delta: float) -> float:
     rdp = sum(times * _rdp(release) for release, times in made.items())
     # Balle et al. 2020, theorem 21; nothing of it can be below 0.
@@ -131,7 +149,11 @@ def _by_pld(made: Releases, delta: float) -> float:
         return epsilon_of(delta, gaussian)
     # The grid follows what Rényi DP says of the size: a tight distribution of ε in the hundreds would take minutes.
     roughly = _by_rdp(made, delta)
-    return float(_composed(made, max(FINEST_GRID, 4 * roughly / LARGEST_GRID_POINTS)).get_epsilon_for_delta(delta))
+    if roughly > LARGEST_EXPONENT:
+        return roughly
+    found = _composed(made, max(FINEST_GRID, 4 * roughly / LARGEST_GRID_POINTS)).get_epsilon_for_delta(delta)
+    # Both bound it from above. Rounded upwards each, many releases below the grid's step add up to more than RDP's.
+    return min(roughly, float(found))
 
 
 def _by_prv(made: Releases, delta: float) -> float:
@@ -143,7 +165,9 @@ def _by_prv(made: Releases, delta: float) -> float:
         for release, times in made.items()
         if isinstance(release, GaussianRelease)
     ]
-    return float(accountant.get_epsilon(delta))
+    with catch_warnings(), numpy.errstate(divide="ignore"):  # log(0), where a release has no sampling
+        filterwarnings("ignore", message="Optimal order is the largest alpha")  # of a domain that is then wide enough
+        return float(accountant.get_epsilon(delta))
 
 
 _EPSILON: dict[str, Callable[[Releases, float], float]] = {"rdp": _by_rdp, "pld": _by_pld, "prv": _by_prv}
@@ -210,11 +234,12 @@ def _rdp(release: Release) -> NDArray[numpy.float64]:
 def _laplace_rdp(epsilon: float, order: float) -> float:
     # log[a/(2a−1)·e^(ε(a−1)) + (a−1)/(2a−1)·e^(−ε·a)] / (a−1), with the greater exponent taken out.
     share = (order - 1) / (2 * order - 1)
-    return epsilon + log1p(share * (exp(epsilon * (1 - 2 * order)) - 1)) / (order - 1)
+    return epsilon + log1p(share * expm1(epsilon * (1 - 2 * order))) / (order - 1)
 
 
 def _response_rdp(release: ResponseRelease, order: float) -> float:
-    truth, other = log(release.truth), log(release.other)
+    truth = log(release.truth)
+    other = truth - release.epsilon  # also where e^(−ε) is no float
     terms = [order * truth + (1 - order) * other, order * other + (1 - order) * truth]
     if release.classes > 2:
         terms.append(log(release.classes - 2) + other)

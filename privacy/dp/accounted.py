@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from privacy.dp.budget import BEARS_ON, Account
 from privacy.dp.releases import Clear, Release
 from splitlearn import Batches, Guard, Guards, Kind
 
 __all__ = ["Accounted"]
+
+GUARDED = (Kind.ACTIVATION, Kind.GRADIENT, Kind.LABEL)  # what a guard is asked about
 
 
 class Accounted(Guard):
@@ -52,6 +54,11 @@ class Accounted(Guard):
         self._clear: frozenset[Kind] = frozenset()
         if not self._releases:
             raise ValueError(f"expected a mechanism with a proof, got {mechanism!r}; ClippedGaussian is one")
+        if past := [kind for kind in crosses or () if kind not in GUARDED]:
+            raise ValueError(
+                f"expected crosses=… among {', '.join(GUARDED)}, got {past[0]}: it crosses past every guard, so "
+                "that no account of this one can hold it"
+            )
         if not accounts:
             raise ValueError("expected at least one account to enter releases into; budget.account(…) opens one")
         for account in accounts:
@@ -114,7 +121,7 @@ class Accounted(Guard):
         """Take over what ``state_dict`` returned."""
         self.mechanism.load_state_dict(state["mechanism"])
         self.rows, self.passes = Counter(state["rows"]), Counter(state["passes"])
-        self.predicted = state["predicted"]
+        self.predicted = max(self.predicted, state["predicted"])  # a best state put back unsends nothing
 
     def _enter(self, kind: Kind, rows: int) -> None:
         """Enter a frame of ``rows`` rows of one kind into every account that it bears on."""
@@ -178,7 +185,18 @@ def rows_in_a_pass(over: "Batches | DataLoader[Any] | int") -> int:
                 "may come twice, and its ε would be counted once; shuffle without replacement, or leave over=… out "
                 "(then every frame counts)"
             )
+        whole = getattr(sampler, "data_source", ())
+        if type(over.batch_sampler) is not BatchSampler or over.batch_sampler.sampler is not sampler:
+            raise ValueError(
+                "expected a loader that makes batches of its own sampler, got batches made otherwise, in which a "
+                "sample may come twice; DataLoader(dataset, batch_size=…), or leave over=… out: then every frame counts"
+            )
         samples = len(sampler)
+        if samples > len(whole):
+            raise ValueError(
+                f"expected a loader that draws each sample once a pass, got {samples} draws of {len(whole)} samples; "
+                "leave num_samples=… out"
+            )
         if over.drop_last:
             assert over.batch_size is not None
             samples -= samples % over.batch_size
@@ -189,10 +207,19 @@ def rows_in_a_pass(over: "Batches | DataLoader[Any] | int") -> int:
 
 
 def _releases(guard: Guard) -> dict[Kind, Release]:
-    """Return what a guard releases by kind; of several in a row the first one counts, the rest is post-processing."""
+    """Return what a guard releases by kind; of several in a row the first one counts, the rest is post-processing.
+
+    Not so a later one that changes gradients: it is told the true labels.
+    """
     found: dict[Kind, Release] = {}
     for one in guard.guards if isinstance(guard, Guards) else (guard,):
-        for kind, release in getattr(one, "releases", {}).items():
+        own = getattr(one, "releases", {})
+        if Kind.GRADIENT in found and Kind.GRADIENT not in own and type(one).gradient is not Guard.gradient:
+            raise ValueError(
+                f"expected nothing that sees the labels once the gradient is noised, got {one!r}; put it before the "
+                "mechanism"
+            )
+        for kind, release in own.items():
             found.setdefault(kind, release)
     return found
 

@@ -13,7 +13,7 @@ __all__ = ["delta_of", "epsilon_of", "mu_of"]
 
 def delta_of(epsilon: float, mu: float) -> float:
     """Return the least δ for which the mechanism is (ε, δ)-DP: Φ(μ/2 − ε/μ) − e^ε · Φ(−μ/2 − ε/μ)."""
-    if mu == 0:
+    if mu == 0 or epsilon == inf:
         return 0.0
     above = exp(log_ndtr(mu / 2 - epsilon / mu))
     below = exp(min(0.0, epsilon + log_ndtr(-mu / 2 - epsilon / mu)))

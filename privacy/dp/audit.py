@@ -35,7 +35,7 @@ CANDIDATES = 400  # thresholds tried, at equally many draws from one to the next
 class Bound:
     """``lower``: with probability ``confidence`` at least, the mechanism's ε (at the δ asked for) is above it.
 
-    It comes from ``hits`` of ``draws`` in one world against ``misses`` in the other, beyond ``threshold``.
+    It comes from ``hits`` of ``draws`` in one world against ``misses`` in the other, at ``threshold`` or beyond.
     """
 
     lower: float
@@ -92,7 +92,7 @@ def lower_bound(
         best = max(best, (float(bounds[place]), sign, float(thresholds[place])))
     _, sign, threshold = best
     likely, rare = (fresh_1, fresh_0) if sign == 1 else (-fresh_0, -fresh_1)
-    hits, misses = int((likely > threshold).sum()), int((rare > threshold).sum())
+    hits, misses = int((likely >= threshold).sum()), int((rare >= threshold).sum())
     (bound,) = _bounds(numpy.array([hits]), len(likely), numpy.array([misses]), len(rare), delta, alpha)
     return Bound(max(0.0, float(bound)), confidence, len(fresh_0), sign * threshold, hits, misses)
 
@@ -186,7 +186,7 @@ def _thresholds(scores: Scores) -> Scores:
 
 
 def _beyond(scores: Scores, thresholds: Scores) -> NDArray[numpy.int64]:
-    return len(scores) - numpy.searchsorted(numpy.sort(scores), thresholds, side="right")
+    return len(scores) - numpy.searchsorted(numpy.sort(scores), thresholds, side="left")
 
 
 def _bounds(

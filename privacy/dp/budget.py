@@ -122,6 +122,10 @@ class Account:
             raise ValueError(f"expected 0 releases or more and a probability, got {times} and {slack}")
         if not times:
             return
+        if self.budget.by == "prv" and not isinstance(release, made.GaussianRelease | made.Clear):
+            raise ValueError(
+                f"expected Gaussian releases alone in a budget by prv, got {_told(release)}; use Budget(by='pld')"
+            )
         if not self._affords(release, times, slack):
             would = self._epsilon_with(release, times, slack, self.budget.by)
             raise BudgetExceeded(
@@ -174,16 +178,17 @@ class Account:
         # What was entered since is this release alone, under the same slack: the bound that was found still holds.
         if known is not None and known[:3] == (others, slack, release):
             return there + times <= known[3]
-        if by != "rdp" and fits(times, "rdp"):  # the fast bound: what it allows needs no distribution
+        self._allowance = None  # whatever is entered now, that bound did not foresee it
+        if by == "pld" and fits(times, "rdp"):  # the fast bound: what it allows needs no distribution
             return True
         if not fits(times, by):
             return False
-        most, step = times, times
-        while fits(most + step, by):
-            most, step = most + step, 2 * step
-        while step > 1:
-            step //= 2
-            most += step if fits(most + step, by) else 0
+        most, over = times, 2 * times
+        while fits(over, by):
+            most, over = over, 2 * over
+        while over - most > 1:
+            middle = (most + over) // 2
+            most, over = (middle, over) if fits(middle, by) else (most, middle)
         self._allowance = (others, slack, release, there + most)
         return True
 
@@ -261,7 +266,11 @@ class Budget:
         return {"epsilon": self.epsilon, "delta": self.delta, "by": self.by, "accounts": accounts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned; limit and accounts must be the same, or nothing is taken."""
+        """Take over what ``state_dict`` returned; limit and accounts must be the same, or nothing is taken.
+
+        What these accounts have entered themselves is never unspent: of each release the greater count stays. So
+        ``fit`` may put back its best state, whose budget is that of then.
+        """
         found = {tuple(one["key"]): one for one in state["accounts"]}
         if (state["epsilon"], state["delta"], state["by"]) != (self.epsilon, self.delta, self.by):
             raise ValueError(
@@ -275,7 +284,8 @@ class Budget:
             )
         for key, account in self.accounts.items():
             spent = {getattr(made, name)(**fields): times for name, fields, times in found[key]["releases"]}
-            account.releases, account.slack, account._allowance = Counter(spent), found[key]["slack"], None
+            account.releases |= Counter(spent)
+            account.slack, account._allowance = max(account.slack, found[key]["slack"]), None
 
 
 def _status(shaper: Any) -> tuple[str, str]:
@@ -310,13 +320,18 @@ def _check_shaper(shaper: Any, adjacency: Adjacency) -> None:
         )
     stage = shaper if isinstance(shaper, nn.Module) else getattr(shaper, "stage", None)
     if isinstance(stage, nn.Module):
-        mixing = [title for title, layer in stage.named_modules() if isinstance(layer, _BatchNorm) and layer.training]
+        mixing = [title for title, layer in stage.named_modules() if _mixes(layer)]
         if mixing:
             raise ValueError(
                 f"expected no layer that mixes samples in what shapes a release, got batch norm {mixing[0]!r} of "
                 f"{name}: one sample moves every row of its batch, so that no ε to {adjacency} holds; use group norm, "
-                "or put that layer into evaluation mode"
+                "or put that layer, with running statistics, into evaluation mode"
             )
+
+
+def _mixes(layer: nn.Module) -> bool:
+    """Whether it is batch norm that goes by the batch: in training, or where it keeps no statistics of its own."""
+    return isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
 
 
 def _listed(releases: Mapping[Release, int]) -> str:

@@ -19,11 +19,11 @@ def clipped(z: Tensor, clip: float, norm: Literal[1, 2]) -> Tensor:
             f"expected finite values of a floating-point type to clip, got {z.dtype} with "
             f"{int((~torch.isfinite(z)).sum())} entries that are nan or inf; lower the learning rate"
         )
-    # A guarded norm: that of a row of zeros has no gradient, and clipping leaves such a row as it is. Squares
-    # overflow in half precision.
-    rows = z.unsqueeze(-1).flatten(1)
-    norms = (rows if z.dtype is torch.float64 else rows.float()).norm(p=norm, dim=1).clamp(min=clip)
-    return z * (clip / norms).to(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
+    # A guarded norm: that of a row of zeros has no gradient, and clipping leaves such a row as it is. In half precision
+    # squares overflow, and a small factor would be rounded to a multiple of the bound.
+    wide = z if z.dtype is torch.float64 else z.float()
+    norms = wide.unsqueeze(-1).flatten(1).norm(p=norm, dim=1).clamp(min=clip)
+    return (wide * (clip / norms).reshape(-1, *[1] * (z.ndim - 1))).to(z.dtype)
 
 
 def check_clip(clip: float, norm: str) -> None:

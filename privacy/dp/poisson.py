@@ -116,7 +116,7 @@ class PoissonBatches:
                 "in full",
                 stacklevel=2,
             )
-        failure = OVERFLOW * account.budget.delta / (steps * (1 + exp(min(account.budget.epsilon, 50))))
+        failure = OVERFLOW * account.budget.delta / (steps * (1 + exp(min(account.budget.epsilon, 600))))
         self.capacity = capacity_for(len(x), rate, failure) if capacity is None else capacity
         if self.capacity < 1:
             raise ValueError(f"expected a capacity of at least one row, got {capacity}")

@@ -67,7 +67,7 @@ class ResponseRelease:
     @property
     def other(self) -> float:
         """The probability of each answer that is not true."""
-        return (1 - self.truth) / (self.classes - 1)
+        return self.truth * exp(-self.epsilon)
 
 
 @dataclass(frozen=True)

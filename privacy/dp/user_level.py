@@ -5,7 +5,7 @@ arXiv:1710.06963), with the fixed-denominator estimator.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from splitlearn.members import Weights
 __all__ = ["PrivateMean", "poisson_members"]
 
 T = TypeVar("T")
+Entries = frozenset[tuple[str, tuple[int, ...]]]  # names and shapes of a set of weights
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class PrivateMean:
 
     With ``sampling`` below 1 members take part by chance and in secret (``poisson_members``), and the round is entered
     as subsampled. A round in which nobody takes part must be made, too: ``aggregate([], [], start)`` adds noise alone.
+    Two averages of one draw of members, as V1's of bottoms and tops, are no two samplings: they tell more, so that
+    ``ValueError`` refuses a second set of weights then.
     Entries that are no floating-point numbers stay as they were. The noise comes from torch's global generator, its
     lowest bits are no part of the proof.
     """
@@ -48,6 +51,7 @@ class PrivateMean:
     expected_members: float
     account: Account
     sampling: float = 1.0
+    _averaged: set[Entries] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_clip(self.clip, "L2")
@@ -69,10 +73,17 @@ class PrivateMean:
         self, weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int], start: Mapping[str, Tensor]
     ) -> Weights:
         """Return the start plus the noised mean of clipped updates; entered first. Nobody's weights are changed."""
-        if any(set(other) != set(start) for other in weights):
+        if any(_entries(other) != _entries(start) for other in weights):
             raise ValueError(
-                "expected all entries of the start from every member; local entries cannot be averaged here"
+                "expected all entries of the start, in their shapes, from every member; local entries cannot be "
+                "averaged here"
             )
+        if self.sampling < 1 and self._averaged - {_entries(start)}:
+            raise ValueError(
+                "expected averages of one set of weights with a sampling below 1, got a second (bottoms and tops?): "
+                "both come from one draw of members, which two subsampled releases understate; use sampling=1"
+            )
+        self._averaged.add(_entries(start))
         self.account.spend(self.release)
         names = [name for name, entry in start.items() if entry.is_floating_point()]
         total = {name: torch.zeros_like(start[name]) for name in names}
@@ -86,6 +97,10 @@ class PrivateMean:
         noise = {name: torch.randn_like(total[name]) * (self.noise_multiplier * self.clip) for name in names}
         new = {name: start[name] + (total[name] + noise[name]) / self.expected_members for name in names}
         return {**{name: entry.clone() for name, entry in start.items()}, **new}
+
+
+def _entries(weights: Mapping[str, Tensor]) -> Entries:
+    return frozenset((name, tuple(entry.shape)) for name, entry in weights.items())
 
 
 def poisson_members(members: Sequence[T], rate: float, generator: torch.Generator) -> list[T]:

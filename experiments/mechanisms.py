@@ -1,0 +1,352 @@
+"""The DP mechanisms that `privacy_utility` compares: each trains from the same public start, and says what it claims.
+
+A mechanism is a function of a ``Start`` that returns what it ``Reached``: the trained parties, the accounts, the
+audit of what it claims, and what its attackers may read. The bottom is public and frozen wherever samples are noised
+one by one: nothing else makes an ε per sample hold.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from experiments.canaries import audited_in_one_run
+from experiments.setups import LABELLED, NOTHING
+from experiments.training import Trained, Training, optimizer_for
+from privacy.dp import (
+    Accounted,
+    Adjacency,
+    Budget,
+    Claim,
+    Clear,
+    ClippedGaussian,
+    ClippedLaplace,
+    ForwardCrossEntropy,
+    GaussianRelease,
+    LaplaceRelease,
+    PoissonBatches,
+    PrivateLearner,
+    PrivateMean,
+    RandomisedResponse,
+    calibrate,
+)
+from privacy.dp.audit import audit_guard
+from splitlearn.cut import cut
+from splitlearn.data import Splits, partition
+from splitlearn.federation import Member, splitfed_v1_round
+from splitlearn.frames import Kind
+from splitlearn.party import Guard, Learner, Loss
+from splitlearn.protocols import vanilla
+from splitlearn.remote import Wire, wire
+from splitlearn.threat import Encoder
+from splitlearn.train import Batches, epochs_of, fit
+
+__all__ = ["MECHANISMS", "Mechanism", "PrivateSGD", "Reached", "Start"]
+
+SERVER, USERS, CLIENT = "server", "users of the model", "client"
+
+
+@dataclass(frozen=True)
+class PrivateSGD:
+    """Settings of DP-SGD, all of them public."""
+
+    rate: float = 0.25
+    steps: int = 40
+    clip: float = 0.5
+    lr: float = 0.5
+    physical: int = 256  # rows at once
+
+
+@dataclass(frozen=True)
+class Start:
+    """What every mechanism starts from: a model trained on public samples alone, and what it is asked to reach."""
+
+    splits: Splits
+    model: nn.Sequential  # on the training's device
+    public: Tensor  # inputs of the public samples
+    training: Training
+    epsilon: float
+    delta: float
+    passes: int  # how often each private sample crosses in training, where it crosses one by one
+    sgd: PrivateSGD
+    rounds: int  # of user-level training
+    audit_draws: int
+    canaries: int
+
+    def halves(self) -> tuple[nn.Module, nn.Module]:
+        """Return bottom and top, copies of the public start."""
+        bottom, top = cut(copy.deepcopy(self.model), self.training.cut)
+        return bottom, top
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a mechanism came to. ``claims[0]`` is the one that it is for; the others say what it does not protect."""
+
+    trained: Trained
+    claims: Sequence[Claim]
+    lower: float  # the audit's bound on the ε of the first claim
+    audit: str  # what was audited, in words
+    releases: int = 1  # of each private input
+    guard: ClippedGaussian | ClippedLaplace | None = None  # the noise on activations, for Fisher information
+    true_y: Tensor | None = None  # of the labels that crossed, in their order, where an attack on them is of interest
+    label_epsilon: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A line of the catalogue. ``run(start)`` trains; ``adjacency`` is that of its claim."""
+
+    summary: str
+    adjacency: Adjacency | None
+    run: Callable[[Start], Reached]
+
+
+def unprotected(start: Start) -> Reached:
+    """Train the top on activations and labels in the clear, over the frozen public bottom."""
+    budget = Budget(delta=start.delta)
+    trained, _ = _over_the_cut(start, Guard(), budget, start.splits.private.y)
+    return Reached(trained, [], 0.0, "")
+
+
+def gaussian(start: Start) -> Reached:
+    """Clip and noise each activation by the Gaussian mechanism."""
+    return _noised(start, GaussianRelease, ClippedGaussian)
+
+
+def laplace(start: Start) -> Reached:
+    """Clip and noise each activation by the Laplace mechanism."""
+    return _noised(start, LaplaceRelease, ClippedLaplace)
+
+
+def response(start: Start) -> Reached:
+    """Randomise each label once, and train on the answers with a loss that undoes the bias."""
+    mechanism = RandomisedResponse(start.epsilon, start.splits.private.num_classes)
+    budget = Budget(start.epsilon, start.delta)
+    account = budget.account(SERVER, CLIENT, Adjacency.REPLACE_LABEL)
+    account.spend(mechanism.release)
+    generator_seed = start.training.seed
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator_seed + 5)
+        sent = mechanism.label(start.splits.private.y)
+    watch = Budget(delta=start.delta)
+    trained, order = _over_the_cut(start, Guard(), watch, sent, ForwardCrossEntropy(mechanism))
+    watch.account(SERVER, CLIENT, Adjacency.REPLACE_INPUT).spend(Clear())
+    zero, one = torch.tensor(0), torch.tensor(1)
+    bound = audit_guard(mechanism, zero, one, delta=start.delta, draws=start.audit_draws)
+    return Reached(
+        trained, [*budget.claims(), *watch.claims()], bound.lower, f"one answer, {bound.draws} draws a world",
+        true_y=start.splits.private.y[order], label_epsilon=start.epsilon,
+    )  # fmt: skip
+
+
+def private_sgd(start: Start) -> Reached:
+    """Train bottom and top by DP-SGD in one account; activations and labels cross in the clear."""
+    sgd, private = start.sgd, start.splits.private
+    noise = calibrate(
+        partial(GaussianRelease, sampling=sgd.rate), epsilon=start.epsilon, delta=0.99 * start.delta,
+        releases=sgd.steps,
+    )  # fmt: skip
+    budget = Budget(start.epsilon, start.delta)
+    client, server, batches = _private_parties(start, noise, budget, private.x, private.y)
+    line = wire(server, max_nbytes=1 << 34)
+    epoch = epochs_of(lambda x, y: _forgetting(line, vanilla(client, line.party, x, y)), batches)
+    done = fit(epoch, epochs=-(-sgd.steps // round(1 / sgd.rate)))
+    watch = Budget(delta=start.delta)
+    watch.account(SERVER, CLIENT, Adjacency.REPLACE_SAMPLE).spend(Clear())
+    bound = audited_in_one_run(
+        lambda x, y: _private_parties(start, noise, Budget(delta=start.delta), x, y),
+        nn.Sequential(*start.halves()), start.splits, sgd.steps,
+        canaries=start.canaries, delta=start.delta, seed=start.training.seed, device=start.training.device,
+    )  # fmt: skip
+    trained = _trained(start, client, line, done.losses, Encoder(client.stage), {USERS: ["the weights, once trained"]})
+    return Reached(
+        trained, [*budget.claims(), *watch.claims()], bound.lower,
+        f"one run, {bound.canaries} canaries, {bound.correct} of {bound.guesses} guesses right",
+        notes=[f"DP-SGD: noise multiplier {noise:.4g} on both stages as one, batches of {batches.capacity} rows"],
+    )  # fmt: skip
+
+
+def user_level(start: Start) -> Reached:
+    """SplitFed V1 with both averages noised for whole clients; activations and labels cross in the clear."""
+    private, training = start.splits.private, start.training
+    budget = Budget(start.epsilon, start.delta)
+    account = budget.account("other clients", "fed server", Adjacency.ADD_REMOVE_CLIENT, model="central")
+    noise = account.noise_for(GaussianRelease, releases=2 * start.rounds)
+    bottom, top = start.halves()
+    shares = partition.iid(len(private), training.clients, training.seed)
+    aggregate = PrivateMean(start.sgd.clip, noise, len(shares), account)
+    server = Learner(SERVER, top, optimizer_for(top, training), seed=training.seed * 1000)
+    members, sessions, lines = [], {}, []
+    for number, rows in enumerate(shares):
+        own = copy.deepcopy(bottom)
+        client = Learner(f"client{number}", own, optimizer_for(own, training), seed=training.seed * 1000 + number + 1)
+        sessions[client.name] = server.replica(client.name)
+        lines.append(wire(sessions[client.name]))
+        batches = Batches(private.x[rows], private.y[rows], batch_size=training.batch_size, seed=training.seed)
+        members.append(Member(client, lines[-1].party, batches))
+    fed = Learner("bottom", bottom)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed + 7)
+
+        def round_() -> float:
+            splitfed_v1_round(members, sessions, fed, server, aggregate=aggregate)
+            return sum(member.loss for member in members) / len(members)
+
+        losses = fit(round_, epochs=start.rounds).losses
+    members[0].learner.load_weights(fed.weights())
+    sessions[members[0].name].load_weights(server.weights())
+    watch = Budget(delta=start.delta)
+    watch.account(SERVER, CLIENT, Adjacency.REPLACE_SAMPLE).spend(Clear())
+    trained = _trained(start, members[0].learner, lines[0], losses, Encoder(fed.stage), {})
+    release = ClippedGaussian(start.sgd.clip / 2, noise)  # the same noise, over the same distance
+    ends = torch.zeros(2, 4)
+    ends[:, 0] = torch.tensor([-1.0, 1.0]) * start.sgd.clip
+    bound = audit_guard(release, *ends, delta=start.delta, releases=2 * start.rounds, draws=start.audit_draws)
+    return Reached(
+        trained, [*budget.claims(), *watch.claims()], bound.lower,
+        f"its noise over {2 * start.rounds} averages, {bound.draws} draws a world",
+        notes=[f"{len(shares)} clients, {start.rounds} rounds, noise multiplier {noise:.4g} for each average"],
+    )  # fmt: skip
+
+
+MECHANISMS: dict[str, Mechanism] = {
+    "none": Mechanism("no mechanism: activations and labels in the clear, public bottom", None, unprotected),
+    "gaussian": Mechanism(
+        "Gaussian noise on clipped activations, each sample's own", Adjacency.REPLACE_INPUT, gaussian
+    ),
+    "laplace": Mechanism("Laplace noise on clipped activations, each sample's own", Adjacency.REPLACE_INPUT, laplace),
+    "response": Mechanism("randomised response on labels, debiased loss", Adjacency.REPLACE_LABEL, response),
+    "dpsgd": Mechanism("DP-SGD on both stages in one account", Adjacency.ADD_REMOVE_SAMPLE, private_sgd),
+    "user_level": Mechanism("SplitFed V1 whose averages hide whole clients", Adjacency.ADD_REMOVE_CLIENT, user_level),
+}
+
+
+class Shift(nn.Module):
+    """Adds a public constant: activations are clipped around the public mean, not around 0."""
+
+    offset: Tensor
+
+    def __init__(self, offset: Tensor):
+        super().__init__()
+        self.register_buffer("offset", offset)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return ``z`` plus the constant."""
+        return z + self.offset
+
+
+def _noised(
+    start: Start,
+    make: Callable[[float], GaussianRelease] | Callable[[float], LaplaceRelease],
+    mechanism: type[ClippedGaussian] | type[ClippedLaplace],
+) -> Reached:
+    bottom, _ = start.halves()
+    public = _activations(bottom, start.public)
+    norm = 2 if mechanism is ClippedGaussian else 1
+    clip = (public - public.mean(0)).flatten(1).norm(p=norm, dim=1).median().item()
+    budget, watch = Budget(start.epsilon, start.delta), Budget(delta=start.delta)
+    account = budget.account(SERVER, CLIENT, Adjacency.REPLACE_INPUT, shaped_by=[bottom.requires_grad_(False)])
+    noise = account.noise_for(make, releases=start.passes)
+    guard = mechanism(clip, noise)
+    everything = watch.account(SERVER, CLIENT, Adjacency.REPLACE_SAMPLE, shaped_by=[bottom])
+    private = start.splits.private
+    entered = Accounted(
+        guard, account, everything, over=len(private), crosses={Kind.ACTIVATION, Kind.LABEL}
+    )  # fmt: skip
+    trained, _ = _over_the_cut(start, entered, budget, private.y, centre=public.mean(0))
+    far = torch.zeros_like(public[0]).flatten()
+    far[0] = 2 * clip
+    far = far.reshape(public[0].shape)
+    bound = audit_guard(guard, -far, far, delta=start.delta, releases=start.passes, draws=start.audit_draws)
+    return Reached(
+        trained, [*budget.claims(), *watch.claims()], bound.lower,
+        f"{start.passes} releases of either end of the ball, {bound.draws} draws a world", start.passes, guard,
+        notes=[f"clip {clip:.4g}, the median norm of public activations around their mean; {guard!r}"],
+    )  # fmt: skip
+
+
+def _over_the_cut(
+    start: Start, guard: Guard, budget: Budget, sent_y: Tensor, loss: Loss | None = None, centre: Tensor | None = None
+) -> tuple[Trained, Tensor]:
+    """Send each sample ``passes`` times over a real wire, and let the server go on with what it was sent.
+
+    Returns what was trained, and the order in which the samples crossed first.
+    """
+    training, x = start.training, start.splits.private.x
+    bottom, top = start.halves()
+    if centre is not None:
+        bottom, top = nn.Sequential(bottom, Shift(-centre)), nn.Sequential(Shift(centre), top)
+    client = Learner(CLIENT, bottom.requires_grad_(False), None, guard, seed=training.seed * 1000 + 1)
+    options = {} if loss is None else {"loss": loss}
+    server = Learner(SERVER, top, optimizer_for(top, training), seed=training.seed * 1000, **options)  # type: ignore[arg-type]
+    line = wire(server, max_nbytes=1 << 34)
+    order: list[Tensor] = []
+
+    def step(ids: Tensor, _: Tensor) -> Tensor:
+        order.append(ids)
+        return vanilla(client, line.party, x[ids], sent_y[ids])
+
+    ids = torch.arange(len(x))
+    losses = fit(
+        epochs_of(step, Batches(ids, ids, batch_size=training.batch_size, seed=training.seed)),
+        epochs=min(start.passes, training.epochs),
+    ).losses
+    more = training.epochs - len(losses)
+    if more > 0:  # the server has what crossed, and needs nobody's leave to learn from it again
+        sent = [exchange.request.tensors for exchange in line.record.exchanges]
+        z, y = (torch.cat([tensors[kind] for tensors in sent]) for kind in (Kind.ACTIVATION, Kind.LABEL))
+        again = Batches(z.detach(), y, batch_size=training.batch_size, seed=training.seed + 1)
+        losses += fit(epochs_of(lambda z, y: server.learn(z, y)[0], again), epochs=more).losses
+    encoder = Encoder(bottom, guard)
+    return _trained(start, client, line, losses, encoder, {}), torch.cat(order)[: len(x)]
+
+
+def _private_parties(
+    start: Start, noise: float, budget: Budget, x: Tensor, y: Tensor
+) -> tuple[PrivateLearner, PrivateLearner, PoissonBatches]:
+    """Return client, server and batches of DP-SGD on both stages; ``noise`` is that of both as one release."""
+    sgd, bottom_top = start.sgd, start.halves()
+    expected = sgd.rate * len(start.splits.private)
+    parties = []
+    for number, (name, stage) in enumerate(zip((CLIENT, SERVER), bottom_top, strict=True)):
+        optimizer = torch.optim.SGD(stage.parameters(), sgd.lr)
+        # Each clips its half to C/√2 and adds noise √2 times as great for it: the same noise on every weight as
+        # flat clipping to C would add.
+        parties.append(
+            PrivateLearner(
+                name, stage, optimizer, clip=sgd.clip / 2**0.5, noise_multiplier=noise * 2**0.5,
+                expected_batch_size=expected, ghost=True, seed=start.training.seed * 1000 + number,
+            )
+        )  # fmt: skip
+    account = budget.account(USERS, CLIENT, Adjacency.ADD_REMOVE_SAMPLE, shaped_by=parties, model="central")
+    batches = PoissonBatches(
+        x, y, rate=sgd.rate, account=account, parties=parties, steps=sgd.steps, physical=sgd.physical,
+        seed=start.training.seed,
+    )  # fmt: skip
+    return parties[0], parties[1], batches
+
+
+def _trained(
+    start: Start, client: Learner, line: Wire, losses: list[float], encoder: Encoder, more: dict[str, list[str]]
+) -> Trained:
+    private = start.splits.private
+    visible = {SERVER: list(LABELLED), CLIENT: list(NOTHING), **more}
+    nbytes = {way: dict(sorted(counts.items())) for way, counts in line.meter.nbytes.items()}
+    model = nn.Sequential(client.stage)
+    return Trained([client, line.party], model, losses, nbytes, visible, private.x, private.y, encoder, line.record)
+
+
+def _forgetting(line: Wire, loss: Tensor) -> Tensor:
+    """Drop the transcript of a step that no attack reads; the bytes stay counted."""
+    line.record.clear()
+    return loss
+
+
+@torch.no_grad()
+def _activations(bottom: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([bottom(part) for part in x.split(256)])

@@ -1,0 +1,290 @@
+"""What does an ε buy: accuracy and leakage under each DP mechanism, beside what an audit can show of it."""
+
+import copy
+import time
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from math import isinf
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from attacks import SentLabels
+from experiments.experiment import Experiment, Options, reproduction
+from experiments.ingredients import ATTACKS
+from experiments.mechanisms import MECHANISMS, PrivateSGD, Reached, Start
+from experiments.names import find
+from experiments.record import Leakage
+from experiments.runner import Outcome, Task
+from experiments.scoring import SHOWN, attacked
+from experiments.training import Training, build_model, device_of, load_splits, sizes_of, warm_up
+from privacy.dp import dfil_of, mse_bound
+from splitlearn.cut import cut, layer_names
+from splitlearn.data import DATASETS, Splits
+from splitlearn.metrics import accuracy, accuracy_advantage
+from splitlearn.threat import Threat, observe
+from splitlearn.train import Batches, evaluate, predict
+
+__all__ = ["PRIVACY_UTILITY", "Config"]
+
+BOUNDED = 8  # targets whose Fisher information is worked out
+PUBLIC_STEPS = 120  # of Adam on the public samples, from which all mechanisms start
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the experiment."""
+
+    mechanisms: tuple[str, ...] = field(
+        default=tuple(MECHANISMS), metadata={"help": f"mechanisms to compare, of {', '.join(MECHANISMS)}"}
+    )
+    epsilons: tuple[float, ...] = field(default=(1.0, 4.0, 16.0, 64.0), metadata={"help": "ε that each is to meet"})
+    delta: float = field(default=1e-5, metadata={"help": "δ of every claim"})
+    cut: str = field(default="default", metadata={"help": "last layer below the cut; default: the last hidden one"})
+    public: int = field(default=50, metadata={"help": "public samples (of the auxiliary) that the model starts from"})
+    passes: int = field(default=1, metadata={"help": "releases of each sample in training; the server learns on"})
+    epochs: int = field(default=20, metadata={"help": "epochs of the server on what it was sent"})
+    batch_size: int = field(default=32, metadata={"help": "samples in a batch"})
+    lr: float = field(default=1e-3, metadata={"help": "learning rate of Adam"})
+    rate: float = field(default=0.25, metadata={"help": "DP-SGD: probability of a sample to be in a batch"})
+    steps: int = field(default=40, metadata={"help": "DP-SGD: steps"})
+    clip: float = field(default=0.5, metadata={"help": "DP-SGD and user level: norm that one contribution is cut to"})
+    sgd_lr: float = field(default=0.5, metadata={"help": "DP-SGD: learning rate"})
+    clients: int = field(default=20, metadata={"help": "user level: clients among which the private data is divided"})
+    rounds: int = field(default=10, metadata={"help": "user level: rounds"})
+    attacks: tuple[str, ...] = field(
+        default=("rmle", "decoder"), metadata={"help": "attacks on the activations, of rmle, decoder; '' for none"}
+    )
+    targets: int = field(default=100, metadata={"help": "private samples that are attacked"})
+    audit_draws: int = field(default=100_000, metadata={"help": "draws of each world in an audit"})
+    canaries: int = field(default=200, metadata={"help": "canaries in the one-run audit of DP-SGD"})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One mechanism at one ε."""
+
+    data: str
+    sizes: tuple[int, int, int]  # private, auxiliary, test
+    mechanism: str
+    epsilon: float
+    training: Training
+    config: Config
+
+    def described(self) -> dict[str, Any]:
+        """Return the full configuration: every setting that the result depends on."""
+        chosen = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self.config).items()
+            if name not in ("mechanisms", "epsilons", "cut", "epochs", "batch_size", "lr", "clients", "attacks")
+        }
+        private, auxiliary, test = self.sizes
+        return {
+            "data": self.data,
+            "sizes": {"private": private, "auxiliary": auxiliary, "test": test},
+            "seed": self.training.seed,
+            "training": {name: value for name, value in asdict(self.training).items() if name != "seed"},
+            "mechanism": self.mechanism,
+            "epsilon": "none" if isinf(self.epsilon) else self.epsilon,
+            "attacks": list(self.config.attacks),
+            **chosen,
+        }
+
+
+def tasks(config: Config, options: Options) -> list[Task]:
+    """Return one task for each mechanism, ε and seed; every name and number is checked first."""
+    find("data set", options.data, DATASETS)
+    for name in config.mechanisms:
+        find("mechanism", name, MECHANISMS)
+    for name in config.attacks:
+        find("attack", name, {name: one for name, one in ATTACKS.items() if one.family == "reconstruction"})
+    if not config.epsilons or not all(0 < one < float("inf") for one in config.epsilons):
+        raise ValueError(f"expected --epsilons above 0, got {','.join(map(str, config.epsilons)) or 'none'}")
+    for name in ("passes", "rounds", "steps", "canaries"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"expected --{name} of 1 or more, got {getattr(config, name)}")
+    sizes, device = sizes_of(options.data), device_of(options.device)
+    splits = load_splits(options.data, options.data_dir, sizes=sizes)
+    _check(config, splits)
+    place = layer_names(build_model(splits, seed=0))[-2] if config.cut == "default" else config.cut
+    cut(build_model(splits, seed=0), place)
+    found = []
+    for mechanism in config.mechanisms:
+        for epsilon in (float("inf"),) if mechanism == "none" else config.epsilons:
+            for seed in options.seeds:
+                training = Training(
+                    cut=place, epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, seed=seed,
+                    clients=config.clients, device=device,
+                    protocol="splitfed_v1" if mechanism == "user_level" else "vanilla",
+                )  # fmt: skip
+                trial = Trial(options.data, sizes, mechanism, epsilon, training, config)
+                some = config.epsilons if isinf(epsilon) else (epsilon,)
+                alone = replace(config, mechanisms=(mechanism,), epsilons=some, cut=place)
+                command = reproduction("privacy_utility", alone, data=options.data, device=device, seed=seed)
+                labels = {
+                    # One setting: what is compared is mechanisms, each under the protocol that it needs.
+                    "seed": seed, "data": options.data, "protocol": "vanilla", "cut": place,
+                    "protection": mechanism, "strength": "" if isinf(epsilon) else f"{epsilon:g}",
+                }  # fmt: skip
+                call = partial(run_trial, trial, options.data_dir)
+                found.append(Task("privacy_utility", trial.described(), command, labels, call))
+    return found
+
+
+def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
+    """Train under the mechanism, audit its claim, attack what crossed, and return what came of it."""
+    warm_up()
+    seconds: dict[str, float] = {}
+    splits = load_splits(trial.data, data_dir, sizes=trial.sizes)
+    clock = time.perf_counter()
+    model = public_model(splits, trial.config.public, trial.training)
+    public = splits.auxiliary.x[: trial.config.public].to(trial.training.device)
+    config = trial.config
+    start = Start(
+        splits, model, public, trial.training, trial.epsilon, config.delta, config.passes,
+        PrivateSGD(config.rate, config.steps, config.clip, config.sgd_lr), config.rounds, config.audit_draws,
+        config.canaries,
+    )  # fmt: skip
+    seconds["public"], clock = time.perf_counter() - clock, time.perf_counter()
+    mechanism = MECHANISMS[trial.mechanism]
+    reached = mechanism.run(start)
+    seconds["train"], clock = time.perf_counter() - clock, time.perf_counter()
+    trained = reached.trained
+    utility = evaluate(trained.chain, splits.test.x, splits.test.y)
+    utility["accuracy_public"] = evaluate([_Whole(model)], splits.test.x, splits.test.y)["accuracy"]
+    seconds["evaluate"] = time.perf_counter() - clock
+    leakage = _label_leakage(start, reached) if reached.true_y is not None else []
+    images: dict[str, Tensor] = {}
+    visible = dict(trained.visible)
+    assert trained.record is not None
+    x, y = trained.victim_x[: config.targets], trained.victim_y[: config.targets]
+    trained.record.clear()
+    for _ in range(reached.releases):  # the bottom is frozen: as in training, under noise drawn anew
+        predict(trained.chain, x)
+    for name in config.attacks:
+        clock = time.perf_counter()
+        attack = replace(ATTACKS[name], threat=replace(ATTACKS[name].threat, releases=reached.releases))
+        leak, x_hat = attacked(name, attack, trained, splits, x, y, training=trial.training)
+        seconds[f"attack_{name}"] = time.perf_counter() - clock
+        leakage.append(leak)
+        visible[f"attacker ({name})"] = attack.threat.in_words()
+        if x.ndim == 4:
+            images |= {"original": x[:SHOWN].cpu(), name: x_hat[:SHOWN].cpu()}
+    claimed = reached.claims[0] if reached.claims else None
+    return Outcome(
+        utility=utility, leakage=leakage, nbytes=trained.nbytes, seconds=seconds, visible=visible, images=images,
+        epsilon=None if claimed is None else claimed.epsilon, delta=None if claimed is None else claimed.delta,
+        epsilon_lower=None if claimed is None else reached.lower, accounts=[str(claim) for claim in reached.claims],
+        mse_bound=_mse_bound(reached, x), notes=_notes(trial, reached, mechanism.adjacency),
+    )  # fmt: skip
+
+
+def public_model(splits: Splits, count: int, training: Training) -> nn.Sequential:
+    """Return the model that all start from, trained on the first ``count`` auxiliary samples, which are public."""
+    model = build_model(splits, seed=training.seed).to(training.device)
+    if not count:
+        return model
+    x, y = (part[:count].to(training.device) for part in (splits.auxiliary.x, splits.auxiliary.y))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    batches = Batches(x, y, batch_size=32, seed=training.seed)
+    done = 0
+    while done < PUBLIC_STEPS:
+        for part, labels in batches:
+            optimizer.zero_grad()
+            cross_entropy(model(part), labels).backward()
+            optimizer.step()
+            done += 1
+    return model
+
+
+class _Whole:
+    """A plain model, asked as a party is."""
+
+    def __init__(self, model: nn.Module):
+        self._model = copy.deepcopy(model).eval()
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Return the model's output."""
+        return self._model(x.to(next(self._model.parameters()).device))
+
+
+def _label_leakage(start: Start, reached: Reached) -> list[Leakage]:
+    """Return what the server makes of the answers that crossed, with the public model's guess beside them, or not."""
+    assert reached.true_y is not None
+    assert reached.trained.record is not None
+    count, classes = len(reached.true_y), start.splits.private.num_classes
+    _, top = start.halves()
+    view = observe(reached.trained.record, threat=Threat("server"), device=start.training.device)
+    first = replace(view, exchanges=view.exchanges[: -(-count // start.training.batch_size)])
+    attacks = {
+        "answers": SentLabels(classes, reached.label_epsilon),
+        "answers_and_model": SentLabels(classes, reached.label_epsilon, top.eval()),
+    }
+    guesses = {name: attack(first).cpu() for name, attack in attacks.items()}
+    with torch.no_grad():
+        blind = top(first.activations(verb="learn")).cpu()
+    truth = reached.true_y.cpu()
+    majority = start.splits.auxiliary.y.bincount(minlength=classes).argmax()
+    baselines = {
+        "accuracy_majority": (truth == majority).double().mean().item(),
+        "accuracy_public_model": accuracy(blind, truth),
+    }
+    scores = {name: (guess == truth).double().mean().item() for name, guess in guesses.items()}
+    best = max(scores, key=lambda name: scores[name])
+    advantage = accuracy_advantage(scores[best], max(baselines.values()))
+    return [
+        Leakage(
+            attack="sent_labels", family="label", advantage=advantage, metrics={"accuracy": scores[best]},
+            baselines=baselines, details={"best": best, "accuracy_by_member": scores},
+        )
+    ]  # fmt: skip
+
+
+def _mse_bound(reached: Reached, x: Tensor) -> float | None:
+    """Return the mean over some targets of the least error of an unbiased attacker; None without noise of a density."""
+    if reached.guard is None or not x.is_floating_point() or reached.trained.encoder is None:
+        return None
+    stage = copy.deepcopy(reached.trained.encoder.stage)
+    found = dfil_of(stage, reached.guard, x[:BOUNDED].to(next(stage.buffers()).device), releases=reached.releases)
+    return mse_bound(found).mean().item()
+
+
+def _notes(trial: Trial, reached: Reached, adjacency: object) -> list[str]:
+    notes = [f"loss of the last epoch: {reached.trained.losses[-1]:.4f}", *reached.notes]
+    if adjacency is not None:
+        notes += [f"strength: ε at δ = {trial.config.delta:g}, to {adjacency}", f"audit: {reached.audit}"]
+    return notes
+
+
+def _check(config: Config, splits: Splits) -> None:
+    private, auxiliary = splits.private, splits.auxiliary
+    if not private.x.is_floating_point():
+        raise ValueError(
+            f"expected inputs that noise can be calibrated for and inverted, got {private.name}, which holds tokens; "
+            "use images, signals or a table"
+        )
+    if not 10 <= config.public <= len(auxiliary):
+        raise ValueError(
+            f"expected --public between 10 and {len(auxiliary)}, got {config.public}: clips are taken from public "
+            "activations, never from private ones"
+        )
+    if config.attacks and not 1 <= config.targets <= len(private):
+        raise ValueError(f"expected --targets between 1 and {len(private)}, got {config.targets}")
+    if not 1 <= config.clients <= len(private):
+        raise ValueError(f"expected --clients between 1 and {len(private)}, got {config.clients}")
+    if not 0 < config.delta < 1 / len(private):
+        raise ValueError(
+            f"expected --delta above 0 and below one over the {len(private)} private samples, got {config.delta}"
+        )
+
+
+PRIVACY_UTILITY = Experiment(
+    "privacy_utility",
+    "What does an ε buy? Accuracy, leakage and an audit of each DP mechanism, on one axis of ε",
+    Config,
+    tasks,
+)
