@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,10 @@ from experiments.record import Record
 from experiments.store import Store, write_atomically
 from experiments.summary import Mark, Point, Spread, marks, pareto_front, summarise, utility_metric
 
-__all__ = ["NEUTRAL", "Style", "leakage_note", "reconstructions", "spread_note", "styles", "tradeoff"]
+__all__ = [
+    "NEUTRAL", "Style", "leakage_note", "literal", "reach", "reconstructions", "spread_note", "styles", "tradeoff",
+    "written",
+]  # fmt: skip
 
 # Okabe and Ito's colours, told apart by most colour-blind readers; the markers tell them apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")
@@ -101,14 +105,15 @@ def tradeoff(records: Sequence[Record], path: Path) -> Path | None:
         axes.set_ylabel("leakage (worst attack's advantage)")
     seeds = max(mark.leakage.n for members in panels.values() for mark in members)
     failed = sum(record.status == "failed" for record in records)
-    note = f"{leakage_note(points)}\n{spread_note(seeds)} Labels are strengths."
+    lines = textwrap.wrap(leakage_note(points), width=round(13 * size[0]))
+    note = "\n".join([*lines, f"{spread_note(seeds)} Labels are strengths."])
     note += f" Failed trials left out: {failed}." if failed else ""
     figure.suptitle("What leaks, against what the model is worth", fontsize=14, fontweight="bold")
     _legend(figure, note)
     figure.draw_without_rendering()  # fixes the layout, in which the labels then find their places
     for axes, members in zip(grid.flat, panels.values(), strict=False):
         _label(axes, members, look)
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def reconstructions(records: Sequence[Record], store: Store, path: Path) -> Path | None:
@@ -136,12 +141,12 @@ def reconstructions(records: Sequence[Record], store: Store, path: Path) -> Path
         second = f"{row.title}, seed {row.seed}" if row.attack == "" else f"{row.attack} · {row.scores}".rstrip(" ·")
         middle = (top + 0.12 + height / 2) / tall
         figure.text(
-            edge - 0.012, middle + 0.003, _literal(first), ha="right", va="bottom", fontsize=9.5, fontweight="bold"
+            edge - 0.012, middle + 0.003, literal(first), ha="right", va="bottom", fontsize=9.5, fontweight="bold"
         )
-        figure.text(edge - 0.012, middle - 0.003, _literal(second), ha="right", va="top", fontsize=8.5, color=NEUTRAL)
+        figure.text(edge - 0.012, middle - 0.003, literal(second), ha="right", va="top", fontsize=8.5, color=NEUTRAL)
     title = "Private samples, and what the worst attack makes of them"
     figure.text(0.5, 1 - 0.3 / tall, title, ha="center", va="center", fontsize=13, fontweight="bold")
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def _legend(figure: Figure, note: str) -> None:
@@ -168,8 +173,8 @@ def _panel(axes: Axes, members: Sequence[Mark], metric: str, look: Mapping[str, 
             axes.errorbar(
                 [mark.utility.mean for mark in line],
                 [mark.leakage.mean for mark in line],
-                xerr=_reach([mark.utility for mark in line]),
-                yerr=_reach([mark.leakage for mark in line]),
+                xerr=reach([mark.utility for mark in line]),
+                yerr=reach([mark.leakage for mark in line]),
                 color=style.colour,
                 marker=style.marker,
                 markersize=20 if style.marker == "*" else 8,
@@ -178,13 +183,13 @@ def _panel(axes: Axes, members: Sequence[Mark], metric: str, look: Mapping[str, 
                 linewidth=0.9,
                 elinewidth=1.0,
                 zorder=3 if style.marker == "*" else 4,  # what is no better than unprotected stays visible
-                label=_literal(style.label) if number == 0 else None,
+                label=literal(style.label) if number == 0 else None,
             )
     axes.set_ylim(-0.06, 1.06)
     axes.margins(x=0.1)
-    axes.set_xlabel(_literal(metric.replace("_", " ")))
+    axes.set_xlabel(literal(metric.replace("_", " ")))
     seeds = {mark.leakage.n for mark in members}
-    axes.set_title(_literal(f"{members[0].point.setting.title} · {_range(seeds)} seeds"), fontsize=10.5)
+    axes.set_title(literal(f"{members[0].point.setting.title} · {_range(seeds)} seeds"), fontsize=10.5)
     axes.grid(color="#E6E6E6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -197,7 +202,8 @@ def _lines(members: Sequence[Mark]) -> list[list[Mark]]:
     return [[mark for mark in members if mark.point.variant == variant] for variant in variants]
 
 
-def _reach(spreads: Sequence[Spread]) -> tuple[list[float], list[float]]:
+def reach(spreads: Sequence[Spread]) -> tuple[list[float], list[float]]:
+    """Return how far each bar reaches below and above its mean: to the lowest and the highest seed."""
     return [s.mean - s.low for s in spreads], [s.high - s.mean for s in spreads]
 
 
@@ -210,7 +216,7 @@ def _label(axes: Axes, members: Sequence[Mark], look: Mapping[str, Style]) -> No
     labels, segments = [], []
     for mark in members:
         text = " ".join(part for part in (mark.point.strength, mark.point.variant) if part)
-        labels.append(Label(_literal(text), mark.place, look[mark.point.protection].colour))
+        labels.append(Label(literal(text), mark.place, look[mark.point.protection].colour))
         (x, y), utility, leakage = mark.place, mark.utility, mark.leakage
         segments += [((utility.low, y), (utility.high, y)), ((x, leakage.low), (x, leakage.high))]
     for protection in look:
@@ -219,12 +225,13 @@ def _label(axes: Axes, members: Sequence[Mark], look: Mapping[str, Style]) -> No
     write_labels(axes, labels, segments=segments)
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Return text that matplotlib does not read as a formula."""
     return text.replace("$", r"\$")
 
 
-def _written(figure: Figure, path: Path) -> Path:
+def written(figure: Figure, path: Path) -> Path:
+    """Write the figure as a PNG, whole or not at all, and return its path."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=160, facecolor="white")
     return write_atomically(path, content.getvalue())

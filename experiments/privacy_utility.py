@@ -109,7 +109,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
     sizes, device = sizes_of(options.data), device_of(options.device)
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
     _check(config, splits)
-    place = layer_names(build_model(splits, seed=0))[-2] if config.cut == "default" else config.cut
+    place = layer_names(build_model(splits, seed=0))[-1] if config.cut == "default" else config.cut
     cut(build_model(splits, seed=0), place)
     found = []
     for mechanism in config.mechanisms:

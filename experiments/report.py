@@ -15,11 +15,13 @@ from experiments.figures import number, spread
 from experiments.gallery import Row, gallery, strip
 from experiments.interactive import interactive_tradeoff
 from experiments.plots import leakage_note, reconstructions, spread_note, tradeoff
+from experiments.privacy_plot import privacy
 from experiments.progress import counted
 from experiments.record import Record
 from experiments.store import Store, write_atomically
 from experiments.summary import Mark, Point, marks, pareto_front, summarise, utility_metric
 from experiments.tables import (
+    accounts_table,
     bytes_table,
     leakage_tables,
     results_tables,
@@ -54,7 +56,9 @@ class Trial:
 
 
 def build(root: Path) -> Path:
-    """Write ``results.csv``, ``tradeoff.png``, ``reconstructions.png`` and ``report.html``; return its path.
+    """Write ``results.csv``, the pictures and ``report.html``; return its path.
+
+    The pictures are ``tradeoff.png``, ``reconstructions.png`` and, where an ε is claimed, ``privacy.png``.
 
     A picture that the records have no figures for is left out, and removed if an earlier report left it. A corrupt
     record is told of in the report; ``ValueError`` where there is none at all that can be read.
@@ -69,10 +73,11 @@ def build(root: Path) -> Path:
     store.write_results(records)
     tradeoff(records, root / "tradeoff.png")
     reconstructions(records, store, root / "reconstructions.png")
-    return write_atomically(root / "report.html", _page(records, problems, store).encode())
+    picture = privacy(records, root / "privacy.png")
+    return write_atomically(root / "report.html", _page(records, problems, store, picture).encode())
 
 
-def _page(records: Sequence[Record], problems: Sequence[str], store: Store) -> str:
+def _page(records: Sequence[Record], problems: Sequence[str], store: Store, privacy_picture: Path | None) -> str:
     points = summarise(records)
     failed = [record for record in records if record.status == "failed"]
     plot = interactive_tradeoff(records)
@@ -94,6 +99,8 @@ def _page(records: Sequence[Record], problems: Sequence[str], store: Store) -> s
         problems=problems,
         plot=Markup(plot) if plot is not None else None,  # plotly escapes what it embeds
         plot_note=f"{leakage_note(points)} {spread_note(max((len(point.seeds) for point in points), default=0))}",
+        privacy=None if privacy_picture is None else _embedded(privacy_picture.read_bytes()),
+        accounts=accounts_table(points),
         pictures=[_picture(row) for row in gallery(records, store)],
         results=results_tables(points),
         strengths=strength_notes(points),
@@ -114,9 +121,13 @@ def _trial(record: Record, store: Store) -> Trial:
 def _picture(row: Row) -> Picture:
     file = io.BytesIO()
     imsave(file, strip(row.images), format="png")
-    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    source = _embedded(file.getvalue())
     what = "private samples" if not row.attack else f"what {row.attack} reconstructs of them, {row.title}"
     return Picture(row, source, f"{len(row.images)} images: {what}")
+
+
+def _embedded(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _summary(points: Sequence[Point], failed: Sequence[Record]) -> list[tuple[str, list[str]]]:

@@ -122,6 +122,10 @@ class Point:
         """Return the seconds of one phase over the seeds."""
         return Spread.of(record.seconds[phase] for record in self.records if phase in record.seconds)
 
+    def claimed(self, figure: str) -> Spread | None:
+        """Return ``epsilon``, ``epsilon_lower`` or ``mse_bound`` over the seeds; None where it is not claimed."""
+        return Spread.of(value for record in self.records if (value := getattr(record, figure)) is not None)
+
     @property
     def peak_memory(self) -> Spread | None:
         """The peak memory in bytes over the seeds."""

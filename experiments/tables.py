@@ -9,6 +9,7 @@ from experiments.summary import Point, Spread, marks, pareto_front, utility_metr
 
 __all__ = [
     "Table",
+    "accounts_table",
     "bytes_table",
     "front_of",
     "leakage_tables",
@@ -50,13 +51,13 @@ def _results_table(points: Sequence[Point]) -> Table:
     proved = any(_epsilon(point) for point in points)
     columns = [*_heads(points), "seeds", *(metric.replace("_", " ") for metric in first)]
     columns += ["worst leakage", "by"] if attacked else []
-    columns += ["ε"] if proved else []
+    columns += ["ε", "ε at least"] if proved else []
     columns += [metric.replace("_", " ") for metric in further]
     rows = []
     for point in points:
         row = [*_head(point, points), str(len(point.seeds)), *(spread(point.utility(metric)) for metric in first)]
         row += [spread(point.worst), point.attacks[0] if point.attacks else "—"] if attacked else []
-        row += [spread(_epsilon(point))] if proved else []
+        row += [spread(_epsilon(point)), spread(point.claimed("epsilon_lower"))] if proved else []
         rows.append((*row, *(spread(point.utility(metric)) for metric in further)))
     strong = frozenset(number for number, point in enumerate(points) if point in front)
     note = " Shaded rows are on the Pareto front: nothing else is both more useful and leaks less." if strong else ""
@@ -141,6 +142,17 @@ def visible_table(points: Sequence[Point]) -> Table | None:
     ]
     caption = "What remained visible, and to whom, whatever the attacks above made of it."
     return Table(caption, (*heads, "sees", "under"), tuple(rows), len(heads), prose=True)
+
+
+def accounts_table(points: Sequence[Point]) -> Table | None:
+    """Return every account of each configuration, one a row, as its first seed had it; None where none was kept."""
+    rows = [(point.name, account) for point in points for account in point.records[0].accounts]
+    caption = (
+        "What was released, by whose data, observer and neighbour. Accounts are never added up: each answers a "
+        "question of its own. The first of a configuration is the one that its mechanism is for; ε = ∞ is what it "
+        "leaves in the clear."
+    )
+    return Table(caption, ("protection", "account"), tuple(rows), 1, prose=True) if rows else None
 
 
 def utility_columns(points: Sequence[Point]) -> tuple[list[str], list[str]]:

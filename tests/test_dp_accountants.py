@@ -341,6 +341,7 @@ def test_a_delta_that_is_none(least: float) -> None:
         {ResponseRelease(0.01, 10): 10_000},
         {ResponseRelease(1e-4, 10): 1_000_000},  # each far below the step of the grid
         {LaplaceRelease(1e3): 1_000_000},
+        {LaplaceRelease(1e5): 10**10},
     ],
 )
 def test_many_small_releases_add_up_in_quadrature(made: dict[Release, int], by: Accountant) -> None:

@@ -3,8 +3,8 @@
 - ``rdp``: Rényi DP (Mironov 2017, arXiv:1702.07476), converted as in Balle et al. 2020 (arXiv:1905.09982, theorem
   21). Fast; an upper bound.
 - ``pld``: privacy loss distributions (Sommer, Meiser and Mohammadi 2019; Google's dp-accounting), rounded upwards: an
-  upper bound, tight to the grid; Rényi DP's where that is less, or over 700. Gaussian releases without sampling alone
-  are in closed form (see ``analytic``).
+  upper bound, tight to the grid; Rényi DP's where that is less, over 700, or of over 10 million releases. Gaussian
+  releases without sampling alone are in closed form (see ``analytic``).
 - ``prv``: privacy random variables (Gopi, Lee and Wutschitz 2021, arXiv:2106.02848; Opacus), for subsampled Gaussians
   alone; the upper end of its stated error.
 
@@ -39,6 +39,7 @@ ORDERS = numpy.array(
 FINEST_GRID = 1e-4  # of privacy loss, dp-accounting's default
 LARGEST_EXPONENT = 700.0  # e to a greater ε is no float: Rényi DP's bound has to do
 LARGEST_GRID_POINTS = 400_000  # a coarser grid where ε is large keeps a distribution at about as many points
+MOST_COMPOSED = 10**7  # of one release, in a distribution: dp-accounting takes for ever over more
 TOLERANCE = 1e-4  # relative, on the safe side, of a calibrated noise multiplier
 
 
@@ -149,7 +150,7 @@ def _by_pld(made: Releases, delta: float) -> float:
         return epsilon_of(delta, gaussian)
     # The grid follows what Rényi DP says of the size: a tight distribution of ε in the hundreds would take minutes.
     roughly = _by_rdp(made, delta)
-    if roughly > LARGEST_EXPONENT:
+    if roughly > LARGEST_EXPONENT or max(others.values()) > MOST_COMPOSED:
         return roughly
     found = _composed(made, max(FINEST_GRID, 4 * roughly / LARGEST_GRID_POINTS)).get_epsilon_for_delta(delta)
     # Both bound it from above. Rounded upwards each, many releases below the grid's step add up to more than RDP's.
