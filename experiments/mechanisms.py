@@ -127,7 +127,7 @@ def response(start: Start) -> Reached:
     """Randomise each label once, and train on the answers with a loss that undoes the bias."""
     mechanism = RandomisedResponse(start.epsilon, start.splits.private.num_classes)
     budget = Budget(start.epsilon, start.delta)
-    account = budget.account(SERVER, CLIENT, Adjacency.REPLACE_LABEL)
+    account = budget.account(SERVER, CLIENT, Adjacency.REPLACE_LABEL, shaped_by=())
     account.spend(mechanism.release)
     generator_seed = start.training.seed
     with torch.random.fork_rng(devices=[]):
@@ -135,7 +135,7 @@ def response(start: Start) -> Reached:
         sent = mechanism.label(start.splits.private.y)
     watch = Budget(delta=start.delta)
     trained, order = _over_the_cut(start, Guard(), watch, sent, ForwardCrossEntropy(mechanism))
-    watch.account(SERVER, CLIENT, Adjacency.REPLACE_INPUT).spend(Clear())
+    watch.account(SERVER, CLIENT, Adjacency.REPLACE_INPUT, shaped_by=()).spend(Clear())
     zero, one = torch.tensor(0), torch.tensor(1)
     bound = audit_guard(mechanism, zero, one, delta=start.delta, draws=start.audit_draws)
     return Reached(
@@ -157,7 +157,7 @@ def private_sgd(start: Start) -> Reached:
     epoch = epochs_of(lambda x, y: _forgetting(line, vanilla(client, line.party, x, y)), batches)
     done = fit(epoch, epochs=-(-sgd.steps // round(1 / sgd.rate)))
     watch = Budget(delta=start.delta)
-    watch.account(SERVER, CLIENT, Adjacency.REPLACE_SAMPLE).spend(Clear())
+    watch.account(SERVER, CLIENT, Adjacency.REPLACE_SAMPLE, shaped_by=()).spend(Clear())
     bound = audited_in_one_run(
         lambda x, y: _private_parties(start, noise, Budget(delta=start.delta), x, y),
         nn.Sequential(*start.halves()), start.splits, sgd.steps,
@@ -201,7 +201,7 @@ def user_level(start: Start) -> Reached:
     members[0].learner.load_weights(fed.weights())
     sessions[members[0].name].load_weights(server.weights())
     watch = Budget(delta=start.delta)
-    watch.account(SERVER, CLIENT, Adjacency.REPLACE_SAMPLE).spend(Clear())
+    watch.account(SERVER, CLIENT, Adjacency.REPLACE_SAMPLE, shaped_by=()).spend(Clear())
     trained = _trained(start, members[0].learner, lines[0], losses, Encoder(fed.stage), {})
     release = ClippedGaussian(start.sgd.clip / 2, noise)  # the same noise, over the same distance
     ends = torch.zeros(2, 4)

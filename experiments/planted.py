@@ -111,13 +111,14 @@ def _response(epsilon: float, draws: int) -> Bound:
 def _accounted(epsilon: float, draws: int) -> Bound:
     """Three epochs of a guard whose noise the budget chose, seen as one observation."""
     budget = Budget(epsilon, DELTA)
-    account = budget.account("server", "client", "replace one input")
+    account = budget.account("server", "client", "replace one input", shaped_by=())
     noise = account.noise_for(GaussianRelease, releases=3)
 
     def worlds(which: int, count: int) -> Tensor:
         rows = _opposite(which)[:1].expand(count, WIDTH)
         guard: Guard = Accounted(
-            ClippedGaussian(1.0, noise), Budget(epsilon, DELTA).account("server", "client", "replace one input"),
+            ClippedGaussian(1.0, noise),
+            Budget(epsilon, DELTA).account("server", "client", "replace one input", shaped_by=()),
             over=count,
         )  # fmt: skip
         return torch.stack([guard.activation(rows) for _ in range(3)], 1)

@@ -17,6 +17,7 @@ from experiments.summary import Point, Spread, summarise
 __all__ = ["privacy"]
 
 Figured = Callable[[Point], Spread | None]
+REACH = 6.0  # how far below the least claim the axis of ε goes, for what audits showed
 ROOM = 1.35  # of the error of an attacker who saw nothing: how far the axis of errors goes
 FLOOR = 0.08  # ε̂ below this is drawn there
 
@@ -58,7 +59,9 @@ def privacy(records: Sequence[Record], path: Path) -> Path | None:
         last.set_xscale("log")
         last.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         last.xaxis.set_minor_formatter(NullFormatter())
-        last.set_xticks(sorted({point.claimed("epsilon").mean for point in members if point in claimed}))  # type: ignore[union-attr]
+        claims = [point.claimed("epsilon").mean for point in members if point in claimed]  # type: ignore[union-attr]
+        last.set_xticks(sorted({float(f"{claim:.2g}") for claim in claims}))  # 3.9998 is 4 on an axis
+        last.set_xlim(min(claims) / REACH, max(claims) * 1.3)
         delta = members[-1].records[0].delta
         last.set_xlabel(f"ε claimed, each to the neighbour that its mechanism is proved for, δ = {delta:g}")
     figure.suptitle("What an ε buys, and what can be shown of it", fontsize=14, fontweight="bold")
@@ -85,10 +88,12 @@ def _accuracy(axes: Axes, members: Sequence[Point], look: Mapping[str, Style]) -
 
 def _error(axes: Axes, members: Sequence[Point], look: Mapping[str, Style]) -> None:
     _lines(axes, members, look, _mse)
+    least = float("inf")
     for protection, points in _by_protection(members).items():
         pairs = [(c.mean, b.mean) for p in points if (c := p.claimed("epsilon")) and (b := p.claimed("mse_bound"))]
         if pairs:
-            x, y = zip(*pairs, strict=True)
+            least = min(least, *(bound for _, bound in pairs))
+            x, y = zip(*sorted(pairs), strict=True)
             axes.plot(x, y, color=look[protection].colour, linewidth=1.0, linestyle=(0, (4, 2)), alpha=0.8, zorder=2)
     axes.plot([], [], color=NEUTRAL, linewidth=1.0, linestyle=(0, (4, 2)), label="least error, unbiased (dFIL)")
     _level(axes, members, _mse, "unprotected")
@@ -102,6 +107,11 @@ def _error(axes: Axes, members: Sequence[Point], look: Mapping[str, Style]) -> N
     if blind is not None:
         axes.axhline(blind.mean, color=NEUTRAL, linewidth=1.2, linestyle=(0, (3, 1, 1, 1)), label="saw nothing")
         axes.set_ylim(0, ROOM * blind.mean)
+        if ROOM * blind.mean < least < float("inf"):
+            axes.text(
+                0.01, 0.9, f"dFIL: no unbiased attacker is below {least:.2g}, off this axis; with a prior they are",
+                transform=axes.transAxes, fontsize=8.5, color=NEUTRAL,
+            )  # fmt: skip
 
 
 def _labels(axes: Axes, members: Sequence[Point], look: Mapping[str, Style]) -> None:

@@ -436,7 +436,7 @@ def test_slack_that_is_more_than_delta_bounds_nothing(slack: float) -> None:
         (LaplaceRelease, 5, "rdp"),
         (lambda noise: ResponseRelease(1 / noise, 10), 5, "pld"),
         (lambda noise: ResponseRelease(1 / noise, 10), 5, "rdp"),
-        (partial(GaussianRelease, sampling=0.05), 100, "pld"),
+        (partial(GaussianRelease, sampling=0.05), 100, "rdp"),
         (partial(GaussianRelease, sampling=0.05), 100, "prv"),
     ],
 )

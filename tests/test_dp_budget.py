@@ -42,11 +42,11 @@ SAMPLE_ADJACENCIES = [adjacency for adjacency in Adjacency if adjacency.unit == 
 def test_accounts_are_kept_apart_and_never_added() -> None:
     budget = Budget()
     apart = [
-        budget.account("server", "ann", "replace one input"),
-        budget.account("server", "bob", "replace one input"),
-        budget.account("fed server", "ann", "replace one input"),
-        budget.account("server", "ann", "replace one label"),
-        budget.account("server", "ann", "replace one input", model="central"),
+        budget.account("server", "ann", "replace one input", shaped_by=()),
+        budget.account("server", "bob", "replace one input", shaped_by=()),
+        budget.account("fed server", "ann", "replace one input", shaped_by=()),
+        budget.account("server", "ann", "replace one label", shaped_by=()),
+        budget.account("server", "ann", "replace one input", model="central", shaped_by=()),
     ]
     for count, account in enumerate(apart, start=1):
         account.spend(GAUSSIAN, count)
@@ -62,13 +62,13 @@ def test_accounts_are_kept_apart_and_never_added() -> None:
     ]
     assert [claim.epsilon for claim in claims] == [account.epsilon for account in apart]
     assert not any("epsilon" in name for name in dir(budget) if name != "epsilon")  # no sum over accounts to ask for
-    again = budget.account("server", "ann", Adjacency.REPLACE_INPUT)
+    again = budget.account("server", "ann", Adjacency.REPLACE_INPUT, shaped_by=())
     assert again is apart[0]
     assert len(budget.accounts) == 5
 
 
 def test_releases_of_one_account_compose_whatever_their_kind() -> None:
-    account = Budget().account("server", "ann", "replace one sample")
+    account = Budget().account("server", "ann", "replace one sample", shaped_by=())
     account.spend(GAUSSIAN, 3)
     account.spend(ResponseRelease(1.0, 10), 2)
     account.spend(GAUSSIAN)
@@ -85,15 +85,17 @@ def test_releases_of_one_account_compose_whatever_their_kind() -> None:
 
 def test_a_budget_in_words() -> None:
     budget = Budget(8.0, by="rdp")
-    budget.account("server", "ann", "replace one input")
-    budget.account("server", "bob", "add or remove one sample", model="central").spend(GaussianRelease(1.5, 0.01))
+    budget.account("server", "ann", "replace one input", shaped_by=())
+    budget.account("server", "bob", "add or remove one sample", model="central", shaped_by=()).spend(
+        GaussianRelease(1.5, 0.01)
+    )
     lines = str(budget).splitlines()
     assert lines[0] == "Budget: at most ε = 8 at δ = 1e-05, by RDP"
     assert "ann against server (replace one input, local): ε = 0 (RDP 0), δ = 1e-05, nothing released" in lines[1]
     assert lines[2].endswith("1 × Gaussian, noise multiplier 1.5, sampling 0.01")
     watching = Budget()
-    watching.account("server", "ann", "replace one input").spend(Clear(), 2)
-    watching.account("server", "ann", "replace one label").spend(LaplaceRelease(4.0))
+    watching.account("server", "ann", "replace one input", shaped_by=()).spend(Clear(), 2)
+    watching.account("server", "ann", "replace one label", shaped_by=()).spend(LaplaceRelease(4.0))
     assert str(watching).startswith("Budget: no limit at")
     assert "ε = ∞ (RDP ∞), δ = 1e-05, 2 × in the clear" in str(watching)
     assert "1 × Laplace, noise multiplier 4" in str(watching)
@@ -117,7 +119,7 @@ def test_budgets_that_are_none(limit: float, least: float, by: Any, told: str) -
 
 def test_an_adjacency_that_is_none() -> None:
     with pytest.raises(ValueError, match="'replace everything' is not a valid Adjacency"):
-        Budget().account("server", "ann", "replace everything")
+        Budget().account("server", "ann", "replace everything", shaped_by=())
 
 
 # Spending
@@ -125,7 +127,7 @@ def test_an_adjacency_that_is_none() -> None:
 
 def test_what_exceeds_is_refused_before_it_is_entered() -> None:
     budget = Budget(4.0)
-    account = budget.account("server", "ann", "replace one input")
+    account = budget.account("server", "ann", "replace one input", shaped_by=())
     account.spend(GAUSSIAN, 3)
     before = account.epsilon
     with pytest.raises(BudgetExceeded) as refused:
@@ -133,7 +135,7 @@ def test_what_exceeds_is_refused_before_it_is_entered() -> None:
     would = epsilon({GAUSSIAN: 5}, 1e-5)
     assert str(refused.value) == (
         f"expected at most ε=4 at δ=1e-05 for ann against server (replace one input), got {would:.4g} with the next "
-        "of 3 × Gaussian, noise multiplier 2; it was not made: stop here, or start again with more noise "
+        "after 3 × Gaussian, noise multiplier 2; it was not made: stop here, or start again with more noise "
         "(Account.noise_for says how much)"
     )
     assert isinstance(refused.value, TrainingStopped)
@@ -141,15 +143,15 @@ def test_what_exceeds_is_refused_before_it_is_entered() -> None:
     assert account.releases == {GAUSSIAN: 3}
     assert account.slack == 0
     assert account.epsilon == before
-    with pytest.raises(BudgetExceeded, match=r"got ∞ with the next of 3 ×"):
+    with pytest.raises(BudgetExceeded, match=r"got ∞ with the next after 3 ×"):
         account.spend(Clear())
-    with pytest.raises(BudgetExceeded, match="with the next of no releases so far"):
-        budget.account("server", "bob", "replace one input").spend(GaussianRelease(0.1))
+    with pytest.raises(BudgetExceeded, match="with the next after no releases so far"):
+        budget.account("server", "bob", "replace one input", shaped_by=()).spend(GaussianRelease(0.1))
     assert account.releases == {GAUSSIAN: 3}
 
 
 def test_a_refusal_enters_no_slack_either() -> None:
-    account = Budget(4.0).account("server", "ann", "add or remove one sample")
+    account = Budget(4.0).account("server", "ann", "add or remove one sample", shaped_by=())
     with pytest.raises(BudgetExceeded, match="got ∞ with the next"):
         account.spend(GAUSSIAN, slack=1e-5)
     assert account.slack == 0
@@ -159,7 +161,7 @@ def test_a_refusal_enters_no_slack_either() -> None:
 
 
 def test_spending_nothing_and_what_makes_no_sense() -> None:
-    account = Budget(1.0).account("server", "ann", "replace one input")
+    account = Budget(1.0).account("server", "ann", "replace one input", shaped_by=())
     account.spend(Clear(), 0)
     assert account.epsilon == 0
     assert not account.releases
@@ -170,7 +172,7 @@ def test_spending_nothing_and_what_makes_no_sense() -> None:
 
 def test_prv_counts_gaussians_and_refuses_all_else_at_once() -> None:
     for limit in (inf, 8.0):
-        account = Budget(limit, by="prv").account("server", "ann", "replace one input")
+        account = Budget(limit, by="prv").account("server", "ann", "replace one input", shaped_by=())
         account.spend(GaussianRelease(2.0, 0.1), 3)
         for other in (LaplaceRelease(50.0), ResponseRelease(0.01, 10)):
             with pytest.raises(ValueError, match=r"expected Gaussian releases alone in a budget by prv.*by='pld'"):
@@ -197,7 +199,7 @@ def test_prv_counts_gaussians_and_refuses_all_else_at_once() -> None:
 def test_the_fast_allowance_agrees_with_asking_each_time(
     release: Release, times: int, slack: float, by: Accountant, limit: float
 ) -> None:
-    account = Budget(limit, by=by).account("server", "ann", "replace one sample")
+    account = Budget(limit, by=by).account("server", "ann", "replace one sample", shaped_by=())
     for step in itertools.count(1):
         would = epsilon({release: step * times}, 1e-5, by=by, slack=step * times * slack)
         if would > limit:
@@ -210,9 +212,24 @@ def test_the_fast_allowance_agrees_with_asking_each_time(
     assert step > 2
 
 
+@pytest.mark.parametrize("times", [3, 5, 6, 7])  # no powers of two, from which halving misses some counts
+def test_many_at_once_and_then_one_by_one_reach_the_same_count(times: int) -> None:
+    release = GaussianRelease(10.0)  # some hundred of them, of which the last few tens are beyond RDP's bound
+    for limit in (5.0, 6.0, 6.1, 6.2):
+        account = Budget(limit).account("server", "ann", "replace one input", shaped_by=())
+        made = 0
+        for step in (times, 1):
+            while epsilon({release: made + step}, 1e-5) <= limit:
+                account.spend(release, step)
+                made += step
+            with pytest.raises(BudgetExceeded, match="expected at most"):
+                account.spend(release, step)
+        assert account.releases[release] == made
+
+
 def test_the_allowance_of_one_release_does_not_outlive_another() -> None:
     small, great = ResponseRelease(0.3, 4), LaplaceRelease(3.0)
-    account = Budget(4.0).account("server", "ann", "replace one sample")
+    account = Budget(4.0).account("server", "ann", "replace one sample", shaped_by=())
     made: Counter[Release] = Counter()
     generator = torch.Generator().manual_seed(0)
     refused = 0
@@ -232,7 +249,7 @@ def test_the_allowance_of_one_release_does_not_outlive_another() -> None:
 def test_slack_that_comes_later_shrinks_what_was_allowed_before() -> None:
     release = GAUSSIAN
     for burdened in range(1, 12):
-        account = Budget(8.0).account("server", "ann", "replace one sample")
+        account = Budget(8.0).account("server", "ann", "replace one sample", shaped_by=())
         made = slack = 0
         for step in range(40):
             more = 2e-10 if step == burdened else 0.0
@@ -262,7 +279,8 @@ def test_slack_that_comes_later_shrinks_what_was_allowed_before() -> None:
 def test_planned_noise_leaves_exactly_enough_room(
     make: Callable[[float], Release], releases: int, before: Release | None
 ) -> None:
-    account = Budget(6.0).account("server", "ann", "replace one sample")
+    by: Accountant = "rdp" if isinstance(make, partial) else "pld"  # a search over distributions takes 10 s
+    account = Budget(6.0, by=by).account("server", "ann", "replace one sample", shaped_by=())
     if before is not None:
         account.spend(before)
     release = make(account.noise_for(make, releases=releases))
@@ -275,8 +293,8 @@ def test_planned_noise_leaves_exactly_enough_room(
 
 def test_planning_without_a_limit_or_without_room() -> None:
     with pytest.raises(ValueError, match=r"expected a budget with a finite ε to plan for.*Budget\(epsilon=…\)"):
-        Budget().account("server", "ann", "replace one input").noise_for(GaussianRelease, releases=3)
-    account = Budget(1.0).account("server", "ann", "replace one input")
+        Budget().account("server", "ann", "replace one input", shaped_by=()).noise_for(GaussianRelease, releases=3)
+    account = Budget(1.0).account("server", "ann", "replace one input", shaped_by=())
     account.spend(GaussianRelease(account.noise_for(GaussianRelease, releases=1)))
     with pytest.raises(ValueError, match="what was spent before leaves nothing"):
         account.noise_for(GaussianRelease, releases=10**13)
@@ -399,18 +417,18 @@ def test_what_cannot_be_looked_at_must_be_told() -> None:
 
 def _spent(limit: float = 20.0, by: Accountant = "pld") -> Budget:
     budget = Budget(limit, 1e-6, by=by)
-    account = budget.account("server", "ann", "replace one sample")
+    account = budget.account("server", "ann", "replace one sample", shaped_by=())
     account.spend(GaussianRelease(3.0, 0.5), 7, slack=1e-13)
     account.spend(LaplaceRelease(4.0), 2)
     account.spend(ResponseRelease(1.5, 10), 3)
-    budget.account("server", "bob", "add or remove one client", model="central").spend(GAUSSIAN)
+    budget.account("server", "bob", "add or remove one client", model="central", shaped_by=()).spend(GAUSSIAN)
     return budget
 
 
 def _opened(limit: float = 20.0, by: Accountant = "pld") -> Budget:
     budget = Budget(limit, 1e-6, by=by)
-    budget.account("server", "bob", "add or remove one client", model="central")
-    budget.account("server", "ann", "replace one sample")
+    budget.account("server", "bob", "add or remove one client", model="central", shaped_by=())
+    budget.account("server", "ann", "replace one sample", shaped_by=())
     return budget
 
 
@@ -418,7 +436,7 @@ def _opened(limit: float = 20.0, by: Accountant = "pld") -> Budget:
 def test_a_checkpoint_carries_what_was_spent(limit: float, tmp_path: Path) -> None:
     before = _spent(limit)
     if limit == inf:
-        before.account("server", "ann", "replace one sample").spend(Clear())
+        before.account("server", "ann", "replace one sample", shaped_by=()).spend(Clear())
     save_checkpoint(tmp_path / "budget", before.state_dict())
     after = _opened(limit)
     after.load_state_dict(load_checkpoint(tmp_path / "budget"))
@@ -428,7 +446,7 @@ def test_a_checkpoint_carries_what_was_spent(limit: float, tmp_path: Path) -> No
         assert after.accounts[key].claim() == account.claim()
     assert set(map(str, after.claims())) == set(map(str, before.claims()))
     # And goes on from there: the limit holds for all together.
-    one, other = (budget.account("server", "ann", "replace one sample") for budget in (before, after))
+    one, other = (budget.account("server", "ann", "replace one sample", shaped_by=()) for budget in (before, after))
     for account in (one, other):
         account.spend(GAUSSIAN)
     assert one.epsilon == other.epsilon
@@ -437,7 +455,7 @@ def test_a_checkpoint_carries_what_was_spent(limit: float, tmp_path: Path) -> No
 def test_loading_drops_what_was_allowed_before() -> None:
     state = _spent(8.0).state_dict()
     budget = _opened(8.0)
-    account = budget.account("server", "ann", "replace one sample")
+    account = budget.account("server", "ann", "replace one sample", shaped_by=())
     budget.load_state_dict(state)
     made = Counter(account.releases)
     while epsilon(made + Counter({GAUSSIAN: 1}), 1e-6, slack=account.slack) <= 8.0:
@@ -449,7 +467,7 @@ def test_loading_drops_what_was_allowed_before() -> None:
 
 def test_an_older_state_unspends_nothing() -> None:
     budget = Budget(20.0)
-    account = budget.account("server", "ann", "replace one input")
+    account = budget.account("server", "ann", "replace one input", shaped_by=())
     account.spend(GAUSSIAN, 2, slack=1e-9)
     older = budget.state_dict()
     account.spend(GAUSSIAN, 3, slack=1e-9)
@@ -479,7 +497,7 @@ def test_the_state_of_another_budget_is_refused(other: Callable[[], Budget], tol
 
 def test_more_accounts_than_the_state_has_are_refused() -> None:
     budget = _opened()
-    budget.account("server", "eve", "replace one input")
+    budget.account("server", "eve", "replace one input", shaped_by=())
     with pytest.raises(ValueError, match=r"expected the state of the accounts \[.*'eve'.*open the same ones"):
         budget.load_state_dict(_spent().state_dict())
     assert not any(account.releases for account in budget.accounts.values())
@@ -599,13 +617,26 @@ def test_labels_alone_are_in_no_account_of_inputs() -> None:
         ("add or remove one sample", {Kind.WEIGHTS}),
         ("add or remove one client", {Kind.WEIGHTS}),
     ):
-        account = Budget().account("server", "ann", adjacency)
+        account = Budget().account("server", "ann", adjacency, shaped_by=())
         assert {kind for kind in Kind if account.bears_on(kind)} == kinds
 
 
 def test_the_closed_form_at_the_limit_itself() -> None:
     # ε of exactly nine releases is affordable, to the last bit; one more is not.
-    account = Budget(epsilon_of(1e-5, sqrt(9 / 4))).account("server", "ann", "replace one input")
+    account = Budget(epsilon_of(1e-5, sqrt(9 / 4))).account("server", "ann", "replace one input", shaped_by=())
     account.spend(GAUSSIAN, 9)
-    with pytest.raises(BudgetExceeded, match="with the next of 9 ×"):
+    with pytest.raises(BudgetExceeded, match="with the next after 9 ×"):
         account.spend(GAUSSIAN)
+
+
+def test_what_shapes_a_release_must_be_said_and_is_looked_at_again() -> None:
+    budget, bottom = Budget(), nn.Linear(4, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"expected shaped_by=\[…\] for an account to replace one input"):
+        budget.account("server", "ann", "replace one input")
+    budget.account("server", "ann", "replace one client's data")  # the client is the unit, whatever trains
+    account = budget.account("server", "ann", "replace one input", shaped_by=[bottom])
+    account.spend(GAUSSIAN)
+    bottom.requires_grad_(True)
+    with pytest.raises(ValueError, match="got Linear, trained without privacy on the same data"):
+        account.spend(GAUSSIAN)
+    assert account.releases == {GAUSSIAN: 1}

@@ -818,7 +818,7 @@ def test_the_account_and_the_parties_must_be_those_of_the_steps() -> None:
         settled = {"rate": 0.1, "account": account, "parties": [one, other], "steps": 10, **options}
         return PoissonBatches(x, y, **settled)
 
-    alone = Budget().account("users", "client", "add or remove one sample", model="central")
+    alone = Budget().account("users", "client", "add or remove one sample", model="central", shaped_by=())
     local = Budget().account("users", "client", "add or remove one sample", shaped_by=[one])
     clients = Budget().account("users", "client", "add or remove one client", model="central", shaped_by=[one])
     batches()

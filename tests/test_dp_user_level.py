@@ -28,7 +28,7 @@ Weights = dict[str, Tensor]
 
 def opened(budget: Budget | None = None, **options: Any) -> Account:
     options = {"adjacency": "add or remove one client", "model": "central", **options}
-    return (budget or Budget()).account("members", "fed server", **options)
+    return (budget or Budget()).account("members", "fed server", **{"shaped_by": (), **options})
 
 
 def start() -> Weights:

@@ -2,7 +2,8 @@
 
 from privacy.dp.accountants import calibrate, epsilon
 from privacy.dp.accounted import Accounted
-from privacy.dp.budget import Account, Adjacency, Budget, BudgetExceeded, Claim, Shaper
+from privacy.dp.adjacency import Adjacency
+from privacy.dp.budget import Account, Budget, BudgetExceeded, Claim
 from privacy.dp.fisher import bayesian_mse_bound, dfil, dfil_of, mse_bound
 from privacy.dp.gaussian import ClippedGaussian
 from privacy.dp.gradient import OnGradient
@@ -11,6 +12,7 @@ from privacy.dp.laplace import ClippedLaplace
 from privacy.dp.poisson import PaddedCrossEntropy, PoissonBatches, joint_noise_multiplier
 from privacy.dp.releases import Clear, GaussianRelease, LaplaceRelease, Release, Releases, ResponseRelease
 from privacy.dp.sgd import PrivateLearner
+from privacy.dp.shapers import Shaper
 from privacy.dp.user_level import PrivateMean, poisson_members
 
 __all__ = [

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from privacy.dp.budget import BEARS_ON, Account
+from privacy.dp.adjacency import BEARS_ON
+from privacy.dp.budget import Account
 from privacy.dp.releases import Clear, Release
 from splitlearn import Batches, Guard, Guards, Kind
 
@@ -27,14 +28,17 @@ class Accounted(Guard):
 
     Under a sample's adjacency an account counts the releases of the sample that is released most often. ``over`` says
     how samples pass: ``Batches``, a ``DataLoader`` that draws without replacement, or the number of rows in a pass, all
-    of different samples. Rows are then counted, and every begun pass is a release; a pass that is broken off must be
-    closed by ``new_pass()``. Without ``over`` every frame is a release of one and the same sample. Under a client's
-    adjacency every row of every frame is a release.
+    of different samples. Rows are then counted, and every begun pass is a release. A pass that is broken off must be
+    closed by ``new_pass()``; ``Batches`` tell by themselves where one begins. Without ``over`` every frame is a release
+    of one and the same sample. Under a client's adjacency every row of every frame is a release.
 
     ``crosses`` names the kinds that cross from this party, where the accounts bear on more than the mechanism covers:
-    those without a mechanism are entered as crossing in the clear. Predictions (no gradient) are not entered, since the
-    sample predicted is as a rule none of those trained on; ``predicted`` counts their rows, each a release of its own
-    sample. With ``predictions=True`` they are entered like all else.
+    those without a mechanism are entered as crossing in the clear. What another party sends to the same observer, such
+    as the gradients of a head in the U shape, is entered by that party's own guard, into the same account.
+
+    Predictions (no gradient) are not entered under a sample's adjacency, since the sample predicted is as a rule none
+    of those trained on; ``predicted`` counts their rows, each a release of its own sample. With ``predictions=True``
+    they are entered like all else. Under a client's adjacency they always are.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class Accounted(Guard):
         self.passes = Counter[str]()
         self.predicted = 0
         self._over = None if over is None else rows_in_a_pass(over)
+        self._batches = over if isinstance(over, Batches) else None
+        self._epoch = over.epoch if isinstance(over, Batches) else 0
         self._releases = _releases(mechanism)
         self._clear: frozenset[Kind] = frozenset()
         if not self._releases:
@@ -128,18 +134,22 @@ class Accounted(Guard):
         release = self._releases.get(kind, Clear() if kind in self._clear else None)
         if release is None or not rows:
             return
-        if kind is Kind.ACTIVATION and not torch.is_grad_enabled() and not self.predictions:
-            self.predicted += rows
-            return
-        passes = self._passes_with(kind, rows)
+        predicted = kind is Kind.ACTIVATION and not torch.is_grad_enabled() and not self.predictions
+        if self._batches is not None and self._batches.epoch != self._epoch:
+            self.new_pass()
+            self._epoch = self._batches.epoch
+        passes = self.passes[kind] if predicted else self._passes_with(kind, rows)
         for account in self.accounts:
             if account.bears_on(kind):
                 times = rows if account.adjacency.unit == "client" else passes - self.passes[kind]
                 # Where one of several accounts is exhausted, those before it have entered what is not sent: too much
                 # is entered then, never too little.
                 account.spend(release, min(times, 1) if isinstance(release, Clear) else times)
-        self.rows[kind] += rows
-        self.passes[kind] = passes
+        if predicted:
+            self.predicted += rows
+        else:
+            self.rows[kind] += rows
+            self.passes[kind] = passes
 
     def _passes_with(self, kind: Kind, rows: int) -> int:
         """Return how many passes will have begun once ``rows`` more rows have crossed."""

@@ -8,64 +8,25 @@ labels, weights); two accounts never do, since they answer different questions.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from math import inf, isfinite
+from threading import RLock
 from typing import Any, Literal
-
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from privacy.dp import releases as made
 from privacy.dp.accountants import Accountant, calibrate, epsilon
+from privacy.dp.adjacency import BEARS_ON, Adjacency
 from privacy.dp.releases import Release
+from privacy.dp.shapers import check_shaper, status_of
 from splitlearn.frames import Kind
 from splitlearn.train import TrainingStopped
 
-__all__ = ["Account", "Adjacency", "Budget", "BudgetExceeded", "Claim", "Shaper"]
+__all__ = ["Account", "Budget", "BudgetExceeded", "Claim", "Model"]
 
 Model = Literal["local", "central"]
 
 
-class Adjacency(StrEnum):
-    """What one neighbour differs in. ε bounds how well the two can be told apart."""
-
-    REPLACE_INPUT = "replace one input"  # its label is public, or crosses nowhere
-    REPLACE_LABEL = "replace one label"  # its input is public
-    REPLACE_SAMPLE = "replace one sample"  # input and label
-    ADD_REMOVE_SAMPLE = "add or remove one sample"
-    REPLACE_CLIENT = "replace one client's data"
-    ADD_REMOVE_CLIENT = "add or remove one client"
-
-    @property
-    def unit(self) -> Literal["sample", "client"]:
-        """Whose change is hidden: one sample's, or that of all samples of a client."""
-        return "client" if self in (Adjacency.REPLACE_CLIENT, Adjacency.ADD_REMOVE_CLIENT) else "sample"
-
-
-BEARS_ON = {
-    Adjacency.REPLACE_INPUT: {Kind.ACTIVATION, Kind.GRADIENT},
-    Adjacency.REPLACE_LABEL: {Kind.LABEL, Kind.GRADIENT},
-    Adjacency.REPLACE_SAMPLE: {Kind.ACTIVATION, Kind.GRADIENT, Kind.LABEL},
-    Adjacency.REPLACE_CLIENT: {Kind.ACTIVATION, Kind.GRADIENT, Kind.LABEL},
-    Adjacency.ADD_REMOVE_SAMPLE: {Kind.WEIGHTS},
-    Adjacency.ADD_REMOVE_CLIENT: {Kind.WEIGHTS},
-}
-
-
 class BudgetExceeded(TrainingStopped, ValueError):  # noqa: N818 - the end of a run in good order
     """The next release would exceed the budget; it was not made. ``fit`` ends in good order on it."""
-
-
-@dataclass(frozen=True)
-class Shaper:
-    """A trained parameter set that shapes what is released, where it cannot be looked at (across a wire, say).
-
-    ``frozen``: never trained, or on public data alone. ``private``: trained by DP-SGD in the same account.
-    ``trained``: trained on the data without privacy.
-    """
-
-    name: str
-    status: Literal["frozen", "private", "trained"]
 
 
 @dataclass(frozen=True)
@@ -100,8 +61,14 @@ class Account:
         self.budget = budget
         self.releases: Counter[Release] = Counter()
         self.slack = 0.0  # probability that the run is not the one accounted for: Poisson batches over their capacity
-        self.private: list[Any] = []  # parties that train by DP-SGD in this account
+        self.shapers: list[Any] = []  # parties and modules whose parameters shape what is released
+        self._lock = RLock()  # replicas of a guard share an account, and may be asked from several threads
         self._allowance: tuple[Counter[Release], float, Release, int] | None = None
+
+    @property
+    def private(self) -> list[Any]:
+        """The parties that train by DP-SGD in this account."""
+        return [shaper for shaper in self.shapers if status_of(shaper)[1] == "private"]
 
     @property
     def name(self) -> str:
@@ -117,6 +84,7 @@ class Account:
         """Enter ``times`` releases, each of what one neighbour may change; ``BudgetExceeded`` where that is too much.
 
         Nothing is entered then. ``slack`` is the probability, of each of them, that it is not what is accounted for.
+        ``ValueError`` where what shapes the releases has come to train without privacy since the account was opened.
         """
         if times < 0 or not 0 <= slack < 1:
             raise ValueError(f"expected 0 releases or more and a probability, got {times} and {slack}")
@@ -126,15 +94,17 @@ class Account:
             raise ValueError(
                 f"expected Gaussian releases alone in a budget by prv, got {_told(release)}; use Budget(by='pld')"
             )
-        if not self._affords(release, times, slack):
-            would = self._epsilon_with(release, times, slack, self.budget.by)
-            raise BudgetExceeded(
-                f"expected at most ε={self.budget.epsilon:g} at δ={self.budget.delta:g} for {self.name}, got "
-                f"{_number(would)} with the next of {_listed(self.releases) or 'no releases so far'}; it was not made: "
-                "stop here, or start again with more noise (Account.noise_for says how much)"
-            )
-        self.releases[release] += times
-        self.slack += times * slack
+        self.check_shapers()
+        with self._lock:
+            if not self._affords(release, times, slack):
+                would = self._epsilon_with(release, times, slack, self.budget.by)
+                raise BudgetExceeded(
+                    f"expected at most ε={self.budget.epsilon:g} at δ={self.budget.delta:g} for {self.name}, got "
+                    f"{_number(would)} with the next after {_listed(self.releases) or 'no releases so far'}; it was "
+                    "not made: stop here, or start again with more noise (Account.noise_for says how much)"
+                )
+            self.releases[release] += times
+            self.slack += times * slack
 
     def noise_for(self, make: Callable[[float], Release], *, releases: int) -> float:
         """Return the least noise with which ``releases`` of ``make(noise)`` fit into what is left of the budget.
@@ -147,6 +117,12 @@ class Account:
             make, epsilon=self.budget.epsilon, delta=self.budget.delta, releases=releases, beside=self.releases,
             by=self.budget.by, slack=self.slack,
         )  # fmt: skip
+
+    def check_shapers(self) -> None:
+        """Raise ``ValueError`` where an ε of this account's unit does not hold for what shapes its releases."""
+        if self.adjacency.unit == "sample":
+            for shaper in self.shapers:
+                check_shaper(shaper, self.adjacency)
 
     def bears_on(self, kind: Kind) -> bool:
         """Whether a release of this kind tells something of what this account's neighbours differ in."""
@@ -217,7 +193,7 @@ class Budget:
         client: str,
         adjacency: Adjacency | str,
         *,
-        shaped_by: Iterable[Any] = (),
+        shaped_by: Iterable[Any] | None = None,
         model: Model = "local",
     ) -> Account:
         """Open the account of what ``observer`` learns of one neighbour's change in ``client``'s data, or return it.
@@ -226,21 +202,28 @@ class Budget:
         activations; bottom and top for gradients and for DP-SGD. Under a sample's adjacency each must be frozen (no
         optimizer, or no parameter that asks for a gradient), a ``Shaper`` that says so, or trained by DP-SGD in this
         account. Any other was moved by the changed sample, and with it moves every other sample's release, which
-        voids the claim: ``ValueError`` says so. Then the unit is the client, and all its frames compose.
+        voids the claim: ``ValueError`` says so. Then the unit is the client, and all its frames compose. ``()`` says
+        that none does, as for labels that are randomised once. It is asked for under a sample's adjacency, and looked
+        at again at every release.
 
         ``model``: ``local`` where each sample is noised before anybody else sees it, ``central`` where somebody
         trusted adds up first (a client its own samples in DP-SGD, a fed server its clients).
         """
         adjacency = Adjacency(adjacency)
         key = (observer, client, adjacency.value, model)
-        shapers = list(shaped_by)
+        if shaped_by is None and adjacency.unit == "sample":
+            raise ValueError(
+                f"expected shaped_by=[…] for an account to {adjacency}: the parties or modules whose trained "
+                "parameters shape what is released, () where none does; an ε for one sample rests on it"
+            )
+        shapers = list(shaped_by or ())
         if adjacency.unit == "sample":
             for shaper in shapers:
-                _check_shaper(shaper, adjacency)
+                check_shaper(shaper, adjacency)
         if key not in self.accounts:
             self.accounts[key] = Account(self, observer, client, adjacency, model)
         account = self.accounts[key]
-        account.private += [one for one in shapers if _status(one)[1] == "private" and one not in account.private]
+        account.shapers += [one for one in shapers if all(one is not other for other in account.shapers)]
         return account
 
     def claims(self) -> list[Claim]:
@@ -286,52 +269,6 @@ class Budget:
             spent = {getattr(made, name)(**fields): times for name, fields, times in found[key]["releases"]}
             account.releases |= Counter(spent)
             account.slack, account._allowance = max(account.slack, found[key]["slack"]), None
-
-
-def _status(shaper: Any) -> tuple[str, str]:
-    """Return the name of what shapes a release, and whether it is frozen, private or trained."""
-    if isinstance(shaper, Shaper):
-        return shaper.name, shaper.status
-    stage = shaper if isinstance(shaper, nn.Module) else getattr(shaper, "stage", None)
-    if not isinstance(stage, nn.Module):
-        raise ValueError(
-            f"expected a party of this process, a module or a Shaper, got {shaper!r}; of a party across a wire say "
-            "what is known: Shaper(name, 'frozen'), 'private' or 'trained'"
-        )
-    name = getattr(shaper, "name", type(stage).__name__)
-    if getattr(shaper, "trains_privately", False):
-        return name, "private"
-    still = all(not parameter.requires_grad for parameter in stage.parameters())
-    held = not isinstance(shaper, nn.Module) and shaper.optimizer is None
-    return name, "frozen" if still or held else "trained"
-
-
-def _check_shaper(shaper: Any, adjacency: Adjacency) -> None:
-    """Raise ``ValueError`` where an ε per sample would not hold for what this party shapes."""
-    name, status = _status(shaper)
-    private = "in DP-SGD's own account" if adjacency is Adjacency.ADD_REMOVE_SAMPLE else "public"
-    if status == "trained" or (status == "private" and adjacency is not Adjacency.ADD_REMOVE_SAMPLE):
-        how = "without privacy" if status == "trained" else "by DP-SGD, whose account is another one,"
-        raise ValueError(
-            f"expected every trained parameter that shapes a release to be frozen or {private}, got {name}, trained "
-            f"{how} on the same data: one changed sample moves it, and with it every other sample's release, so that "
-            f"no ε to {adjacency} holds. Freeze it (no optimizer, or requires_grad_(False)), train it by DP-SGD "
-            "(PrivateLearner), or open the account to 'replace one client's data', where all frames compose"
-        )
-    stage = shaper if isinstance(shaper, nn.Module) else getattr(shaper, "stage", None)
-    if isinstance(stage, nn.Module):
-        mixing = [title for title, layer in stage.named_modules() if _mixes(layer)]
-        if mixing:
-            raise ValueError(
-                f"expected no layer that mixes samples in what shapes a release, got batch norm {mixing[0]!r} of "
-                f"{name}: one sample moves every row of its batch, so that no ε to {adjacency} holds; use group norm, "
-                "or put that layer, with running statistics, into evaluation mode"
-            )
-
-
-def _mixes(layer: nn.Module) -> bool:
-    """Whether it is batch norm that goes by the batch: in training, or where it keeps no statistics of its own."""
-    return isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
 
 
 def _listed(releases: Mapping[Release, int]) -> str:

@@ -12,7 +12,8 @@ from scipy.stats import binom
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from privacy.dp.budget import Account, Adjacency
+from privacy.dp.adjacency import Adjacency
+from privacy.dp.budget import Account
 from privacy.dp.releases import GaussianRelease
 
 if TYPE_CHECKING:
@@ -54,6 +55,13 @@ def capacity_for(num_samples: int, rate: float, failure: float) -> int:
     return max(1, bisect_left(rows, True, key=lambda count: bool(binom.sf(count, num_samples, rate) <= failure)))
 
 
+def _frames_seen(account: Account) -> str:
+    """Return an adjacency under which the same budget enters what this observer is sent of single samples, or ""."""
+    local = [Adjacency.REPLACE_INPUT, Adjacency.REPLACE_LABEL, Adjacency.REPLACE_SAMPLE]
+    others = [one for one in account.budget.accounts.values() if one.observer == account.observer]
+    return next((str(one.adjacency) for one in others if one.client == account.client and one.adjacency in local), "")
+
+
 class PoissonBatches:
     """Yields batches in which each sample is with probability ``rate``, and enters each into ``account`` first.
 
@@ -67,9 +75,14 @@ class PoissonBatches:
       a batch, and make one noised step at its end. None: the whole capacity.
 
     One iteration is an epoch of round(1 / rate) steps. Who takes part is drawn from ``seed``: keep it secret outside of
-    experiments. ``account`` is central, under ``Adjacency.ADD_REMOVE_SAMPLE``. An observer who sees who is in a batch
-    (any server that receives activations in the clear, anyone who is told sample numbers) gains nothing from sampling:
-    ``amplified=False`` enters each step in full, as for it. ``ValueError`` for parties of another expected batch size.
+    experiments, and use it for one training only. ``account`` is central, under ``Adjacency.ADD_REMOVE_SAMPLE``. An
+    observer who sees who is in a batch (any server that receives activations in the clear, anyone who is told sample
+    numbers) is not kept from anything by sampling: ``amplified=False`` enters each step in full, as for it, and is
+    asked for where the same budget has an account of such frames. ``ValueError`` for parties of another expected batch
+    size.
+
+    Public beside the data: the capacity and the expected size, which by default follow from how many samples there are.
+    A codec whose frames grow with their content (``Zstd``) tells how much of a frame is padding; use none with these.
     """
 
     def __init__(
@@ -110,6 +123,12 @@ class PoissonBatches:
                     f"{party.name}: expected the same expected batch size of all parties, about rate · samples = "
                     f"{rate * len(x):g}, got {party.expected_batch_size:g}; it is a public number, that all divide by"
                 )
+        if amplified and (seen := _frames_seen(account)):
+            raise ValueError(
+                f"expected an observer who does not see who is in a batch, got {account.observer}, whose account to "
+                f"{seen} has frames of single samples in it: amplification by sampling is void against it; pass "
+                "amplified=False, which enters every step in full"
+            )
         if not amplified:
             warn(
                 f"amplification by sampling is void for {account.name}, who sees who takes part: every step is entered "

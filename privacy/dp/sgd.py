@@ -41,7 +41,8 @@ class PrivateLearner(Learner):
 
     Steps are made on batches of ``PoissonBatches`` only, which enters each into its account and allows it; any other
     batch is refused, since amplification by sampling holds for nothing else. ``loss`` and the loss of whichever party
-    is above divide by ``expected_batch_size`` (``PaddedCrossEntropy``), or ``clip`` is in another unit.
+    is above divide by ``expected_batch_size`` (``PaddedCrossEntropy``): one that divides by how many samples there
+    really are changes every sample's gradient when one is added, and voids ε.
 
     ``ghost`` finds the clipping factors first and the clipped sum in a second pass, without keeping all per-sample
     gradients (Li et al. 2022, arXiv:2110.05679): the same sum in less memory.

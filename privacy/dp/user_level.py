@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from privacy.dp.budget import Account, Adjacency
+from privacy.dp.adjacency import Adjacency
+from privacy.dp.budget import Account
 from privacy.dp.clipping import check_clip, check_multiplier
 from privacy.dp.releases import Clear, GaussianRelease, Release
 from splitlearn.members import Weights
