@@ -10,7 +10,7 @@ from attacks import MaximumLikelihood, decoder_family
 from defenses import NoPeek
 from experiments import setups
 from experiments.parts import CONTINUOUS, Attack, Protection, Protocol, Shield, number
-from privacy.dp import ClippedGaussian
+from privacy.dp import ClippedGaussian, ClippedLaplace
 from splitlearn.codecs import Int8, TopK
 from splitlearn.frames import Codec
 from splitlearn.threat import Threat
@@ -34,6 +34,12 @@ PROTECTIONS: dict[str, Protection] = {
         "noise multiplier (std ÷ sensitivity)",
         ("0.005", "0.02", "0.05"),
         lambda strength: Shield(ClippedGaussian(clip=10.0, noise_multiplier=number(strength, "a noise multiplier"))),
+    ),
+    "laplace": Protection(
+        "activations clipped to an L1 norm, with Laplace noise",
+        "noise multiplier (scale ÷ sensitivity)",
+        ("0.0001", "0.0005", "0.001"),
+        lambda strength: Shield(ClippedLaplace(clip=300.0, noise_multiplier=number(strength, "a noise multiplier"))),
     ),
     "nopeek": Protection(
         "NoPeek: distance correlation between inputs and activations as a penalty",

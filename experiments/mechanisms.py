@@ -6,15 +6,17 @@ one by one: nothing else makes an ε per sample hold.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from attacks import GradientMatching, SentLabels
 from experiments.canaries import audited_in_one_run
-from experiments.setups import LABELLED, NOTHING
+from experiments.setups import LABELLED, NOTHING, UNLABELLED
 from experiments.training import Trained, Training, optimizer_for
 from privacy.dp import (
     Accounted,
@@ -27,6 +29,7 @@ from privacy.dp import (
     ForwardCrossEntropy,
     GaussianRelease,
     LaplaceRelease,
+    OnGradient,
     PoissonBatches,
     PrivateLearner,
     PrivateMean,
@@ -34,14 +37,14 @@ from privacy.dp import (
     calibrate,
 )
 from privacy.dp.audit import audit_guard
-from splitlearn.cut import cut
+from splitlearn.cut import cut, layer_names
 from splitlearn.data import Splits, partition
 from splitlearn.federation import Member, splitfed_v1_round
 from splitlearn.frames import Kind
 from splitlearn.party import Guard, Learner, Loss
-from splitlearn.protocols import vanilla
+from splitlearn.protocols import u_shaped, vanilla
 from splitlearn.remote import Wire, wire
-from splitlearn.threat import Encoder
+from splitlearn.threat import Encoder, View
 from splitlearn.train import Batches, epochs_of, fit
 
 __all__ = ["MECHANISMS", "Mechanism", "PrivateSGD", "Reached", "Start"]
@@ -67,6 +70,7 @@ class Start:
     splits: Splits
     model: nn.Sequential  # on the training's device
     public: Tensor  # inputs of the public samples
+    public_y: Tensor
     training: Training
     epsilon: float
     delta: float
@@ -92,8 +96,9 @@ class Reached:
     audit: str  # what was audited, in words
     releases: int = 1  # of each private input
     guard: ClippedGaussian | ClippedLaplace | None = None  # the noise on activations, for Fisher information
-    true_y: Tensor | None = None  # of the labels that crossed, in their order, where an attack on them is of interest
-    label_epsilon: float | None = None
+    label_attacks: Mapping[str, Callable[[View], Tensor]] = field(default_factory=dict)  # where labels are protected
+    true_y: Tensor | None = None  # what these attacks are after, in the order in which the samples crossed first
+    blind: Callable[[Tensor], Tensor] | None = None  # logits of who sees activations alone: the public model
     notes: list[str] = field(default_factory=list)
 
 
@@ -108,8 +113,7 @@ class Mechanism:
 
 def unprotected(start: Start) -> Reached:
     """Train the top on activations and labels in the clear, over the frozen public bottom."""
-    budget = Budget(delta=start.delta)
-    trained, _ = _over_the_cut(start, Guard(), budget, start.splits.private.y)
+    trained, _ = _over_the_cut(start, Guard(), start.splits.private.y)
     return Reached(trained, [], 0.0, "")
 
 
@@ -134,13 +138,65 @@ def response(start: Start) -> Reached:
         torch.manual_seed(generator_seed + 5)
         sent = mechanism.label(start.splits.private.y)
     watch = Budget(delta=start.delta)
-    trained, order = _over_the_cut(start, Guard(), watch, sent, ForwardCrossEntropy(mechanism))
+    once = replace(start, passes=1)  # one answer each, however often it is sent
+    trained, order = _over_the_cut(once, Guard(), sent, ForwardCrossEntropy(mechanism))
     watch.account(SERVER, CLIENT, Adjacency.REPLACE_INPUT, shaped_by=()).spend(Clear())
     zero, one = torch.tensor(0), torch.tensor(1)
     bound = audit_guard(mechanism, zero, one, delta=start.delta, draws=start.audit_draws)
+    _, top = start.halves()
+    attacks = {
+        "answers": SentLabels(mechanism.classes, start.epsilon),
+        "answers_and_model": SentLabels(mechanism.classes, start.epsilon, top),
+    }
     return Reached(
         trained, [*budget.claims(), *watch.claims()], bound.lower, f"one answer, {bound.draws} draws a world",
-        true_y=start.splits.private.y[order], label_epsilon=start.epsilon,
+        label_attacks=attacks, true_y=start.splits.private.y[order], blind=top,
+    )  # fmt: skip
+
+
+def gradient(start: Start) -> Reached:
+    """U shape: labels and a public, frozen head stay at home, and the gradient that goes back is clipped and noised."""
+    private, training = start.splits.private, start.training
+    bottom, middle, head = (stage.requires_grad_(False) for stage in _u_shape(start))
+    middle.requires_grad_(True)
+    x, y = start.public, start.public_y
+    clip = _gradient_norm(nn.Sequential(bottom, middle), head, x, y) * len(x) / training.batch_size
+    budget, watch = Budget(start.epsilon, start.delta), Budget(delta=start.delta)
+    account = budget.account(SERVER, CLIENT, Adjacency.REPLACE_LABEL, shaped_by=[head, bottom])
+    noise = account.noise_for(GaussianRelease, releases=training.epochs)
+    guard = ClippedGaussian(clip, noise)
+    ids = torch.arange(len(private))
+    batches = Batches(ids, ids, batch_size=training.batch_size, seed=training.seed)
+    entered = Accounted(OnGradient(guard), account, over=batches, crosses={Kind.GRADIENT})
+    client = Learner(CLIENT, bottom, None, seed=training.seed * 1000 + 1)
+    top = Learner("head", head, None, entered, seed=training.seed * 1000 + 2)
+    server = Learner(SERVER, middle, optimizer_for(middle, training), seed=training.seed * 1000)
+    line = wire(server, max_nbytes=1 << 34)
+    order: list[Tensor] = []
+
+    def step(ids: Tensor, _: Tensor) -> Tensor:
+        order.append(ids)
+        return u_shaped(client, line.party, top, private.x[ids], private.y[ids])
+
+    losses = fit(epochs_of(step, batches), epochs=training.epochs).losses
+    watch.account(SERVER, CLIENT, Adjacency.REPLACE_INPUT, shaped_by=()).spend(Clear())
+    far = torch.zeros(4)
+    far[0] = 2 * clip
+    bound = audit_guard(guard, -far, far, delta=start.delta, releases=training.epochs, draws=start.audit_draws)
+    public = nn.Sequential(*_u_shape(start)[1:])
+    matching = GradientMatching(head, private.num_classes, len(private), clip)
+    visible = {SERVER: list(UNLABELLED), CLIENT: ["everything but the server's weights"]}
+    nbytes = {way: dict(sorted(counts.items())) for way, counts in line.meter.nbytes.items()}
+    trained = Trained(
+        [client, line.party, top], nn.Sequential(bottom, middle, head), losses, nbytes, visible, private.x, private.y,
+        Encoder(bottom), line.record,
+    )  # fmt: skip
+    return Reached(
+        trained, [*budget.claims(), *watch.claims()], bound.lower,
+        f"{training.epochs} releases of either end of the ball, {bound.draws} draws a world",
+        label_attacks={"matching": matching, "matching_and_model": replace(matching, std=guard.std, prior=public)},
+        true_y=private.y[torch.cat(order)[: len(private)]], blind=public,
+        notes=[f"clip {clip:.4g}, the median norm of public gradients; {guard!r}; {training.epochs} passes"],
     )  # fmt: skip
 
 
@@ -220,10 +276,40 @@ MECHANISMS: dict[str, Mechanism] = {
         "Gaussian noise on clipped activations, each sample's own", Adjacency.REPLACE_INPUT, gaussian
     ),
     "laplace": Mechanism("Laplace noise on clipped activations, each sample's own", Adjacency.REPLACE_INPUT, laplace),
+    "gradient": Mechanism(
+        "U shape: Gaussian noise on the clipped gradient that the head returns", Adjacency.REPLACE_LABEL, gradient
+    ),
     "response": Mechanism("randomised response on labels, debiased loss", Adjacency.REPLACE_LABEL, response),
     "dpsgd": Mechanism("DP-SGD on both stages in one account", Adjacency.ADD_REMOVE_SAMPLE, private_sgd),
     "user_level": Mechanism("SplitFed V1 whose averages hide whole clients", Adjacency.ADD_REMOVE_CLIENT, user_level),
 }
+
+
+def _u_shape(start: Start) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return bottom, middle and head of the public start: the head is all above the cut, the middle one trained layer.
+
+    The middle begins at the last layer below the cut that has parameters.
+    """
+    model = copy.deepcopy(start.model)
+    names = layer_names(model)
+    below = names[: names.index(start.training.cut) + 1]
+    trained = [number for number, name in enumerate(below) if list(model.get_submodule(name).parameters())]
+    if not trained or trained[-1] == 0:
+        raise ValueError(
+            f"expected room for a bottom and a middle below {start.training.cut}, got none; use --cut with a later "
+            "layer, or leave the gradient mechanism out"
+        )
+    bottom, middle, head = cut(model, below[trained[-1] - 1], start.training.cut)
+    return bottom, middle, head
+
+
+def _gradient_norm(below: nn.Module, head: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the median norm of the rows of the mean loss's gradient in the head's input."""
+    with torch.no_grad():
+        h = below(x)
+    leaf = h.requires_grad_()
+    (g,) = torch.autograd.grad(cross_entropy(head(leaf), y), leaf)
+    return g.flatten(1).norm(dim=1).median().clamp(min=1e-8).item()
 
 
 class Shift(nn.Module):
@@ -258,7 +344,7 @@ def _noised(
     entered = Accounted(
         guard, account, everything, over=len(private), crosses={Kind.ACTIVATION, Kind.LABEL}
     )  # fmt: skip
-    trained, _ = _over_the_cut(start, entered, budget, private.y, centre=public.mean(0))
+    trained, _ = _over_the_cut(start, entered, private.y, centre=public.mean(0))
     far = torch.zeros_like(public[0]).flatten()
     far[0] = 2 * clip
     far = far.reshape(public[0].shape)
@@ -271,7 +357,7 @@ def _noised(
 
 
 def _over_the_cut(
-    start: Start, guard: Guard, budget: Budget, sent_y: Tensor, loss: Loss | None = None, centre: Tensor | None = None
+    start: Start, guard: Guard, sent_y: Tensor, loss: Loss | None = None, centre: Tensor | None = None
 ) -> tuple[Trained, Tensor]:
     """Send each sample ``passes`` times over a real wire, and let the server go on with what it was sent.
 

@@ -1,5 +1,6 @@
 """The picture of privacy_utility: accuracy, error of reconstruction, leakage of labels and the audit, all against ε."""
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -17,6 +18,7 @@ from experiments.summary import Point, Spread, summarise
 __all__ = ["privacy"]
 
 Figured = Callable[[Point], Spread | None]
+Panel = Callable[[Axes, Sequence[Point], Mapping[str, Style]], None]
 REACH = 6.0  # how far below the least claim the axis of ε goes, for what audits showed
 ROOM = 1.35  # of the error of an attacker who saw nothing: how far the axis of errors goes
 FLOOR = 0.08  # ε̂ below this is drawn there
@@ -25,7 +27,7 @@ FLOOR = 0.08  # ε̂ below this is drawn there
 def privacy(records: Sequence[Record], path: Path) -> Path | None:
     """Draw what each ε costs and holds back, and return the PNG's path.
 
-    A column a setting; None, and the file removed, where no trial claims a finite ε.
+    None, and the file removed, where no trial claims a finite ε.
     """
     points = [point for point in summarise(records) if point.records[0].experiment == "privacy_utility"]
     claimed = [point for point in points if (found := point.claimed("epsilon")) and isfinite(found.mean)]
@@ -34,40 +36,50 @@ def privacy(records: Sequence[Record], path: Path) -> Path | None:
         return None
     settings = list(dict.fromkeys(point.setting for point in claimed))
     labels = any(_label(point) for point in claimed)
-    rows: list[tuple[str, Callable[[Axes, Sequence[Point], Mapping[str, Style]], None]]] = [
+    panels: list[tuple[str, Panel]] = [
         ("accuracy", _accuracy),
-        ("error of reconstruction (MSE,\nbest attack)", _error),
+        ("error of reconstruction\n(MSE, best attack)", _error),
         *([("leakage of labels\n(advantage)", _labels)] if labels else []),
-        ("audit: ε is above this\n(95 %)", _audit),
+        ("audit: ε is above this\n(95 % confidence)", _audit),
     ]
-    size = (7.4 * len(settings) + 0.6, 2.75 * len(rows) + 1.6)
-    figure = Figure(figsize=size, layout="constrained")
+    # One setting fills a square of panels, several have a column each.
+    columns = 2 if len(settings) == 1 else len(settings)
+    rows = -(-len(panels) // 2) if len(settings) == 1 else len(panels)
+    figure = Figure(figsize=(6.2 * columns + 0.4, 3.3 * rows + 1.7), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(rows), len(settings), squeeze=False, sharex="col")
+    grid = figure.subplots(rows, columns, squeeze=False)
     look = styles(points)
-    for column, setting in enumerate(settings):
+    for number, setting in enumerate(settings):
+        own = list(grid.flat) if len(settings) == 1 else list(grid[:, number])
         members = [point for point in points if point.setting == setting]
-        for (title, draw), axes in zip(rows, grid[:, column], strict=True):
-            draw(axes, members, look)
-            axes.grid(color="#E6E6E6", linewidth=0.7)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-            if column == 0:
-                axes.set_ylabel(title)
-        grid[0, column].set_title(literal(setting.title), fontsize=10.5)
-        last = grid[-1, column]
-        last.set_xscale("log")
-        last.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        last.xaxis.set_minor_formatter(NullFormatter())
         claims = [point.claimed("epsilon").mean for point in members if point in claimed]  # type: ignore[union-attr]
-        last.set_xticks(sorted({float(f"{claim:.2g}") for claim in claims}))  # 3.9998 is 4 on an axis
-        last.set_xlim(min(claims) / REACH, max(claims) * 1.3)
-        delta = members[-1].records[0].delta
-        last.set_xlabel(f"ε claimed, each to the neighbour that its mechanism is proved for, δ = {delta:g}")
+        for axes, (title, draw) in zip(own, panels, strict=False):
+            _epsilon_axis(axes, claims)
+            draw(axes, members, look)
+            axes.set_ylabel(title)
+        for axes in own[len(panels) :]:
+            axes.set_visible(False)
+        own[0].set_title(literal(setting.title), fontsize=10.5)
     figure.suptitle("What an ε buys, and what can be shown of it", fontsize=14, fontweight="bold")
-    seeds = max(len(point.seeds) for point in points)
-    _legend(figure, f"{spread_note(seeds)} An ε bounds what its own mechanism covers, and nothing else that crosses.")
+    delta = claimed[0].records[0].delta
+    note = (
+        f"ε as claimed at δ = {delta:g}, each to the neighbour that its mechanism is proved for: it bounds what its "
+        f"own mechanism covers, and nothing else that crosses. {spread_note(max(len(point.seeds) for point in points))}"
+    )
+    _legend(figure, "\n".join(textwrap.wrap(note, width=96 * columns)))
     return written(figure, path)
+
+
+def _epsilon_axis(axes: Axes, claims: Sequence[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(sorted({float(f"{claim:.2g}") for claim in claims}))  # 3.9998 is 4 on an axis
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(min(claims) / REACH, max(claims) * 1.3)
+    axes.set_xlabel("ε")
+    axes.grid(color="#E6E6E6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _accuracy(axes: Axes, members: Sequence[Point], look: Mapping[str, Style]) -> None:
@@ -125,11 +137,11 @@ def _labels(axes: Axes, members: Sequence[Point], look: Mapping[str, Style]) -> 
 
 def _audit(axes: Axes, members: Sequence[Point], look: Mapping[str, Style]) -> None:
     _lines(axes, members, look, lambda point: _floored(point.claimed("epsilon_lower")))
-    claims = sorted({claim.mean for point in members if (claim := point.claimed("epsilon"))})
-    axes.plot(claims, claims, color=NEUTRAL, linewidth=1.2, zorder=1)
-    axes.fill_between(claims, claims, [10 * claims[-1]] * len(claims), color="#A8321A", alpha=0.1, linewidth=0)
+    low, high = axes.get_xlim()
+    axes.plot([low, high], [low, high], color=NEUTRAL, linewidth=1.2, zorder=1)
+    axes.fill_between([low, high], [low, high], [10 * high] * 2, color="#A8321A", alpha=0.1, linewidth=0)
     axes.set_yscale("log")
-    axes.set_ylim(FLOOR * 0.8, 1.5 * claims[-1])
+    axes.set_ylim(FLOOR * 0.8, high)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.text(
         0.01, 0.9, "in here a claim would be refuted", transform=axes.transAxes, fontsize=8.5, color="#A8321A"
@@ -192,6 +204,6 @@ def _legend(figure: Figure, note: str) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     legend = figure.legend(
-        list(entries.values()), list(entries), loc="outside lower center", ncols=4, frameon=False, title=note
+        list(entries.values()), list(entries), loc="outside lower center", ncols=5, frameon=False, title=note
     )
     legend.get_title().set(fontsize=8.5, color=NEUTRAL)

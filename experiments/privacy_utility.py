@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from attacks import SentLabels
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import ATTACKS
 from experiments.mechanisms import MECHANISMS, PrivateSGD, Reached, Start
@@ -143,8 +142,9 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     model = public_model(splits, trial.config.public, trial.training)
     public = splits.auxiliary.x[: trial.config.public].to(trial.training.device)
     config = trial.config
+    public_y = splits.auxiliary.y[: trial.config.public].to(trial.training.device)
     start = Start(
-        splits, model, public, trial.training, trial.epsilon, config.delta, config.passes,
+        splits, model, public, public_y, trial.training, trial.epsilon, config.delta, config.passes,
         PrivateSGD(config.rate, config.steps, config.clip, config.sgd_lr), config.rounds, config.audit_draws,
         config.canaries,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     utility = evaluate(trained.chain, splits.test.x, splits.test.y)
     utility["accuracy_public"] = evaluate([_Whole(model)], splits.test.x, splits.test.y)["accuracy"]
     seconds["evaluate"] = time.perf_counter() - clock
-    leakage = _label_leakage(start, reached) if reached.true_y is not None else []
+    leakage = _label_leakage(start, reached) if reached.label_attacks else []
     images: dict[str, Tensor] = {}
     visible = dict(trained.visible)
     assert trained.record is not None
@@ -213,22 +213,17 @@ class _Whole:
 
 
 def _label_leakage(start: Start, reached: Reached) -> list[Leakage]:
-    """Return what the server makes of the answers that crossed, with the public model's guess beside them, or not."""
+    """Return what the server makes of the labels, beside the public model's guess, which saw activations alone."""
     assert reached.true_y is not None
+    assert reached.blind is not None
     assert reached.trained.record is not None
-    count, classes = len(reached.true_y), start.splits.private.num_classes
-    _, top = start.halves()
     view = observe(reached.trained.record, threat=Threat("server"), device=start.training.device)
-    first = replace(view, exchanges=view.exchanges[: -(-count // start.training.batch_size)])
-    attacks = {
-        "answers": SentLabels(classes, reached.label_epsilon),
-        "answers_and_model": SentLabels(classes, reached.label_epsilon, top.eval()),
-    }
-    guesses = {name: attack(first).cpu() for name, attack in attacks.items()}
-    with torch.no_grad():
-        blind = top(first.activations(verb="learn")).cpu()
     truth = reached.true_y.cpu()
-    majority = start.splits.auxiliary.y.bincount(minlength=classes).argmax()
+    verb = "learn" if any(exchange.request.verb == "learn" for exchange in view.exchanges) else "forward"
+    with torch.no_grad():
+        blind = reached.blind(view.activations(verb=verb)[: len(truth)]).cpu()
+    guesses = {name: attack(view).cpu() for name, attack in reached.label_attacks.items()}
+    majority = start.splits.auxiliary.y.bincount(minlength=start.splits.private.num_classes).argmax()
     baselines = {
         "accuracy_majority": (truth == majority).double().mean().item(),
         "accuracy_public_model": accuracy(blind, truth),
@@ -238,7 +233,7 @@ def _label_leakage(start: Start, reached: Reached) -> list[Leakage]:
     advantage = accuracy_advantage(scores[best], max(baselines.values()))
     return [
         Leakage(
-            attack="sent_labels", family="label", advantage=advantage, metrics={"accuracy": scores[best]},
+            attack="labels", family="label", advantage=advantage, metrics={"accuracy": scores[best]},
             baselines=baselines, details={"best": best, "accuracy_by_member": scores},
         )
     ]  # fmt: skip
