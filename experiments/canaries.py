@@ -107,11 +107,12 @@ def _participation(
             hook.remove()
     gradients = dict(zip(layers, torch.autograd.grad(loss, [outputs[name] for name in layers]), strict=True))
     gram, along = torch.zeros(len(x), len(x), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
-    for name in layers:
+    for name, layer in layers.items():
         a, g = (part.double().cpu().reshape(len(x), -1) for part in (inputs[name], gradients[name]))
-        gram += (a @ a.T + 1) * (g @ g.T)  # 1: the bias
+        gram += (a @ a.T + (layer.bias is not None)) * (g @ g.T)  # a bias is the weight of a constant 1
         along += ((g @ summed[f"{name}.weight"].double().cpu()) * a).sum(1)
-        along += g @ summed[f"{name}.bias"].double().cpu()
+        if layer.bias is not None:
+            along += g @ summed[f"{name}.bias"].double().cpu()
     factor = (clip / gram.diagonal().sqrt()).clamp(max=1.0)  # as if these layers were all that is clipped
     gram, along = gram * factor[:, None] * factor, along * factor
     spread = rate * (1 - rate)

@@ -4,14 +4,14 @@ from experiments.bench_dp import audit_power, dp_overhead
 from experiments.bench_import import import_time
 from experiments.bench_split import split_overhead
 from experiments.experiment import Experiment
-from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
+from experiments.ingredients import ATTACKS, LABEL_ATTACKS, PROTECTIONS, PROTOCOLS
 from experiments.mechanisms import MECHANISMS
 from experiments.parity import PARITY
 from experiments.parts import Bench
 from experiments.privacy_utility import PRIVACY_UTILITY
 from experiments.tradeoff import TRADEOFF
 
-__all__ = ["ATTACKS", "BENCHES", "EXPERIMENTS", "MECHANISMS", "PROTECTIONS", "PROTOCOLS"]
+__all__ = ["ATTACKS", "BENCHES", "EXPERIMENTS", "LABEL_ATTACKS", "MECHANISMS", "PROTECTIONS", "PROTOCOLS"]
 
 EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (TRADEOFF, PRIVACY_UTILITY, PARITY)}
 

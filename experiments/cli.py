@@ -263,13 +263,21 @@ def _bench(name: str, measure: Callable[[], Mapping[str, Any]]) -> None:
 
 def _catalogue() -> dict[str, tuple[str, dict[str, str]]]:
     """Return, by kind, its title and the line that describes each thing."""
-    from experiments.catalogue import ATTACKS, BENCHES, EXPERIMENTS, MECHANISMS, PROTECTIONS, PROTOCOLS
+    from experiments.catalogue import (
+        ATTACKS,
+        BENCHES,
+        EXPERIMENTS,
+        LABEL_ATTACKS,
+        MECHANISMS,
+        PROTECTIONS,
+        PROTOCOLS,
+    )
     from splitlearn.data import DATASETS
 
     kinds: dict[str, tuple[str, Mapping[str, Any]]] = {
         "experiments": ("Experiments (splitlearn run NAME)", EXPERIMENTS),
         "protocols": ("Protocols", PROTOCOLS),
-        "attacks": ("Attacks", ATTACKS),
+        "attacks": ("Attacks", {**ATTACKS, **LABEL_ATTACKS}),
         "protections": ("Protections (defenses)", PROTECTIONS),
         "mechanisms": ("Mechanisms with an ε (splitlearn run privacy_utility --mechanisms NAME)", MECHANISMS),
         "data": ("Data sets (splitlearn data NAME)", DATASETS),

@@ -9,13 +9,13 @@ from dataclasses import replace
 from attacks import MaximumLikelihood, decoder_family
 from defenses import NoPeek
 from experiments import setups
-from experiments.parts import CONTINUOUS, Attack, Protection, Protocol, Shield, number
+from experiments.parts import CONTINUOUS, Attack, LabelAttack, Protection, Protocol, Shield, number
 from privacy.dp import ClippedGaussian, ClippedLaplace
 from splitlearn.codecs import Int8, TopK
 from splitlearn.frames import Codec
 from splitlearn.threat import Threat
 
-__all__ = ["ATTACKS", "PROTECTIONS", "PROTOCOLS"]
+__all__ = ["ATTACKS", "LABEL_ATTACKS", "PROTECTIONS", "PROTOCOLS"]
 
 WHITE_BOX = Threat(white_box=True, auxiliary=True)
 QUERIES = Threat(queries=True, auxiliary=True)
@@ -67,6 +67,13 @@ ATTACKS: dict[str, Attack] = {
         lambda aim: {
             name: replace(one, bounds=aim.bounds) for name, one in decoder_family(aim.shape, seed=aim.seed).items()
         },
+    ),
+}
+
+LABEL_ATTACKS: dict[str, LabelAttack] = {
+    "sent_labels": LabelAttack("labels from randomised answers and what else crossed, by Bayes (privacy_utility)"),
+    "matching": LabelAttack(
+        "labels by gradient matching in the U shape (Erdoğan et al. 2022), noise and passes known (privacy_utility)"
     ),
 }
 

@@ -96,6 +96,7 @@ class Reached:
     audit: str  # what was audited, in words
     releases: int = 1  # of each private input
     guard: ClippedGaussian | ClippedLaplace | None = None  # the noise on activations, for Fisher information
+    label_attack: str = ""  # its name in the catalogue
     label_attacks: Mapping[str, Callable[[View], Tensor]] = field(default_factory=dict)  # where labels are protected
     true_y: Tensor | None = None  # what these attacks are after, in the order in which the samples crossed first
     blind: Callable[[Tensor], Tensor] | None = None  # logits of who sees activations alone: the public model
@@ -150,7 +151,7 @@ def response(start: Start) -> Reached:
     }
     return Reached(
         trained, [*budget.claims(), *watch.claims()], bound.lower, f"one answer, {bound.draws} draws a world",
-        label_attacks=attacks, true_y=start.splits.private.y[order], blind=top,
+        label_attack="sent_labels", label_attacks=attacks, true_y=start.splits.private.y[order], blind=top,
     )  # fmt: skip
 
 
@@ -194,6 +195,7 @@ def gradient(start: Start) -> Reached:
     return Reached(
         trained, [*budget.claims(), *watch.claims()], bound.lower,
         f"{training.epochs} releases of either end of the ball, {bound.draws} draws a world",
+        label_attack="matching",
         label_attacks={"matching": matching, "matching_and_model": replace(matching, std=guard.std, prior=public)},
         true_y=private.y[torch.cat(order)[: len(private)]], blind=public,
         notes=[f"clip {clip:.4g}, the median norm of public gradients; {guard!r}; {training.epochs} passes"],

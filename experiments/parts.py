@@ -9,7 +9,7 @@ from splitlearn.frames import Codec
 from splitlearn.party import Guard
 from splitlearn.threat import Threat
 
-__all__ = ["CONTINUOUS", "Aim", "Attack", "Bench", "Protection", "Protocol", "Shield", "number"]
+__all__ = ["CONTINUOUS", "Aim", "Attack", "Bench", "LabelAttack", "Protection", "Protocol", "Shield", "number"]
 
 CONTINUOUS: tuple[Modality, ...] = ("image", "signal", "table")
 
@@ -51,6 +51,13 @@ class Attack:
     threat: Threat
     build: Callable[["Aim"], Mapping[str, Any]]
     inputs: tuple[Modality, ...] = CONTINUOUS  # kinds of inputs that it can estimate
+
+
+@dataclass(frozen=True)
+class LabelAttack:
+    """An attack on labels that an experiment builds itself, since it must know the mechanism that protects them."""
+
+    summary: str
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ def _label_leakage(start: Start, reached: Reached) -> list[Leakage]:
     advantage = accuracy_advantage(scores[best], max(baselines.values()))
     return [
         Leakage(
-            attack="labels", family="label", advantage=advantage, metrics={"accuracy": scores[best]},
+            attack=reached.label_attack, family="label", advantage=advantage, metrics={"accuracy": scores[best]},
             baselines=baselines, details={"best": best, "accuracy_by_member": scores},
         )
     ]  # fmt: skip

@@ -9,7 +9,10 @@ from privacy.dp import (
     ClippedLaplace,
     GaussianRelease,
     LaplaceRelease,
+    OnGradient,
+    PoissonBatches,
     PrivateLearner,
+    PrivateMean,
     RandomisedResponse,
 )
 
@@ -22,6 +25,9 @@ __all__ = [
     "ClippedLaplace",
     "GaussianRelease",
     "LaplaceRelease",
+    "OnGradient",
+    "PoissonBatches",
     "PrivateLearner",
+    "PrivateMean",
     "RandomisedResponse",
 ]

@@ -66,8 +66,9 @@ def audit(
     where world 1 is likelier; None fits one on ``fitting`` draws of each world (``FittedRatio``). ``draws`` of each
     choose the threshold, as many fresh ones are judged by it.
     """
-    if draws < 100 or not 0 < confidence < 1:
-        raise ValueError(f"expected at least 100 draws and a confidence below 1, got {draws} and {confidence}")
+    _check(delta, confidence)
+    if draws < 100 or (score is None and fitting < 2):
+        raise ValueError(f"expected at least 100 draws, and 2 to fit on, got {draws} and {fitting}")
     judge = score if score is not None else FittedRatio.of(worlds(0, fitting), worlds(1, fitting))
     found = [judge(worlds(which, draws)).double().cpu().numpy() for which in (0, 1, 0, 1)]
     return lower_bound(*found, delta=delta, confidence=confidence)
@@ -80,6 +81,7 @@ def lower_bound(
 
     Either world may be the rarer one beyond the threshold, in the upper or the lower tail.
     """
+    _check(delta, confidence)
     if not all(numpy.isfinite(scores).all() and len(scores) for scores in (chosen_0, chosen_1, fresh_0, fresh_1)):
         raise ValueError("expected finite scores of every world, at least one each, got nan, inf or none")
     alpha = (1 - confidence) / 2  # two rates are bounded, each on one side
@@ -112,13 +114,14 @@ class FittedRatio:
     def of(cls, world_0: Tensor, world_1: Tensor) -> "FittedRatio":
         """Return the ratio fitted to draws [n, …] of each world; n well above the size of an observation."""
         means, factors = [], []
+        both = torch.cat([world_0, world_1]).flatten(1).double()
+        # A ridge far below any noise, for each number in its own unit: noise that several samples share leaves
+        # directions without any, and what is sent as it is has none at all. The rest is rounding.
+        ridge = 1e-9 * both.var(0) + 1e-20 * both.square().mean(0) + 1e-100
         for draws in (world_0, world_1):
             rows = draws.flatten(1).double()
             means.append(rows.mean(0))
-            covariance = torch.atleast_2d(rows.T.cov())
-            # A ridge far below any noise: noise that several samples share leaves directions without any.
-            ridge = 1e-9 * covariance.diagonal().mean().clamp(min=1e-300)
-            factors.append(torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance)).double()))
+            factors.append(torch.linalg.cholesky(torch.atleast_2d(rows.T.cov()) + ridge.diag()))
         return cls((means[0], means[1]), (factors[0], factors[1]))
 
     def __call__(self, draws: Tensor) -> Tensor:
@@ -146,6 +149,8 @@ def audit_guard(
     ``world_0`` and ``world_1`` are the two neighbours' activations (without a batch), or labels. The attacker knows
     both, and the mechanism: it scores by the exact likelihood ratio (``log_ratio``), summed over the releases.
     """
+    if not isinstance(guard, RandomisedResponse) and not guard.noise_multiplier:
+        raise ValueError(f"expected a mechanism with noise, got {guard!r}: nothing bounds its ε, and no audit need")
 
     def worlds(which: int, count: int) -> Tensor:
         true = (world_0, world_1)[which]
@@ -175,6 +180,11 @@ def log_ratio(guard: object, sent: Tensor, world_0: Tensor, world_1: Tensor) -> 
         case RandomisedResponse():
             return guard.epsilon * ((sent == world_1).double() - (sent == world_0).double())
     raise ValueError(f"expected a mechanism whose density is known, got {guard!r}; audit(worlds) fits one")
+
+
+def _check(delta: float, confidence: float) -> None:
+    if not 0 <= delta < 1 or not 0 < confidence < 1:
+        raise ValueError(f"expected δ from 0 to below 1 and a confidence between 0 and 1, got {delta} and {confidence}")
 
 
 def _thresholds(scores: Scores) -> Scores:

@@ -39,13 +39,20 @@ def one_run_bound(
     """
     if scores.shape != included.shape or scores.ndim != 1 or len(scores) < 2:
         raise ValueError(f"expected a score and a coin a canary, two or more, got {scores.shape} and {included.shape}")
+    if not scores.isfinite().all():
+        raise ValueError("expected finite scores, got nan or inf; the run that they were read from did not train")
+    if not all(0 < share <= 1 for share in shares) or not 0 <= delta < 1 or not 0 < confidence < 1:
+        raise ValueError(
+            f"expected shares above 0 and of at most 1 (no canary is guessed twice), δ from 0 to below 1 and a "
+            f"confidence between 0 and 1, got {tuple(shares)}, {delta} and {confidence}"
+        )
     m, order = len(scores), scores.argsort(descending=True)
     best = OneRun(0.0, confidence, m, 0, 0)
     for share in shares:
         each = max(1, int(share * m / 2))
         right = int(included[order[:each]].sum()) + int((~included[order[-each:]].bool()).sum())
         lower = _largest_refuted(m, 2 * each, right, delta, (1 - confidence) / len(shares))
-        best = max(best, OneRun(lower, confidence, m, 2 * each, right), key=lambda one: one.lower)
+        best = max(best, OneRun(lower, confidence, m, 2 * each, right), key=_better)
     return best
 
 
@@ -59,6 +66,11 @@ def p_value(m: int, guesses: int, correct: int, epsilon: float, delta: float) ->
     steps = numpy.arange(1, correct + 1)
     alpha = (numpy.cumsum(binom.pmf(correct - steps, guesses, hit)) / steps).max(initial=0.0)
     return min(1.0, tail + 2 * m * delta * float(alpha))
+
+
+def _better(one: OneRun) -> tuple[float, int]:
+    """Order by the bound; of those that show nothing the one with the most guesses is told."""
+    return one.lower, one.guesses
 
 
 def _largest_refuted(m: int, guesses: int, correct: int, delta: float, level: float) -> float:
