@@ -79,7 +79,8 @@ def lower_bound(
 ) -> Bound:
     """Return the bound from scores [n] in each world; the threshold is chosen on the first two, judged on the others.
 
-    Either world may be the rarer one beyond the threshold, in the upper or the lower tail.
+    Either world may be the likelier one beyond the threshold: world 1 in the upper tail, or world 0 in the lower one.
+    (Scores that are greater where world 0 is likelier bound nothing: turn their sign.)
     """
     _check(delta, confidence)
     if not all(numpy.isfinite(scores).all() and len(scores) for scores in (chosen_0, chosen_1, fresh_0, fresh_1)):
@@ -114,19 +115,19 @@ class FittedRatio:
     def of(cls, world_0: Tensor, world_1: Tensor) -> "FittedRatio":
         """Return the ratio fitted to draws [n, …] of each world; n well above the size of an observation."""
         means, factors = [], []
-        both = torch.cat([world_0, world_1]).flatten(1).double()
+        both = _rows(torch.cat([world_0, world_1]))
         # A ridge far below any noise, for each number in its own unit: noise that several samples share leaves
         # directions without any, and what is sent as it is has none at all. The rest is rounding.
         ridge = 1e-9 * both.var(0) + 1e-20 * both.square().mean(0) + 1e-100
         for draws in (world_0, world_1):
-            rows = draws.flatten(1).double()
+            rows = _rows(draws)
             means.append(rows.mean(0))
             factors.append(torch.linalg.cholesky(torch.atleast_2d(rows.T.cov()) + ridge.diag()))
         return cls((means[0], means[1]), (factors[0], factors[1]))
 
     def __call__(self, draws: Tensor) -> Tensor:
         """Return log p₁ − log p₀ for draws [n, …], as [n]."""
-        rows = draws.flatten(1).double()
+        rows = _rows(draws)
         logs = []
         for mean, factor in zip(self.means, self.factors, strict=True):
             white = torch.linalg.solve_triangular(factor, (rows - mean).T, upper=False)
@@ -180,6 +181,10 @@ def log_ratio(guard: object, sent: Tensor, world_0: Tensor, world_1: Tensor) -> 
         case RandomisedResponse():
             return guard.epsilon * ((sent == world_1).double() - (sent == world_0).double())
     raise ValueError(f"expected a mechanism whose density is known, got {guard!r}; audit(worlds) fits one")
+
+
+def _rows(draws: Tensor) -> Tensor:
+    return draws.reshape(len(draws), -1).double()
 
 
 def _check(delta: float, confidence: float) -> None:

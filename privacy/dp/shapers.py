@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from privacy.dp.adjacency import Adjacency
 
-__all__ = ["Shaper", "check_shaper", "status_of"]
+__all__ = ["Shaper", "check_shaper", "mixes", "status_of"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def check_shaper(shaper: Any, adjacency: Adjacency) -> None:
         )
     stage = shaper if isinstance(shaper, nn.Module) else getattr(shaper, "stage", None)
     if isinstance(stage, nn.Module):
-        mixing = [title for title, layer in stage.named_modules() if _mixes(layer)]
+        mixing = [title for title, layer in stage.named_modules() if mixes(layer)]
         if mixing:
             raise ValueError(
                 f"expected no layer that mixes samples in what shapes a release, got batch norm {mixing[0]!r} of "
@@ -67,6 +67,6 @@ def check_shaper(shaper: Any, adjacency: Adjacency) -> None:
             )
 
 
-def _mixes(layer: nn.Module) -> bool:
+def mixes(layer: nn.Module) -> bool:
     """Whether it is batch norm that goes by the batch: in training, or where it keeps no statistics of its own."""
     return isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
