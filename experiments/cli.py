@@ -32,7 +32,7 @@ class _Splitlearn(Program):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the commands."""
-        return ["list", "run", "report", "bench", "data", "doctor"]
+        return ["list", "run", "report", "bench", "noise", "data", "doctor"]
 
 
 class _Experiments(Commands):
@@ -175,6 +175,29 @@ def _report(
 app.add_typer(
     benches, name="bench", help="Run a benchmark; the last line is one JSON object.", subcommand_metavar="NAME"
 )
+
+
+@app.command("noise")
+def _noise(
+    epsilon: Annotated[float, typer.Option(help="The ε that all releases together are to meet.")] = 4.0,
+    delta: Annotated[float, typer.Option(help="Its δ, well below one over the number of samples.")] = 1e-5,
+    releases: Annotated[int, typer.Option(help="How often each sample is released: epochs, or steps.", min=1)] = 1,
+    sampling: Annotated[
+        float, typer.Option(help="For DP-SGD: the probability of a sample to be in a batch; 1 for local noise.")
+    ] = 1.0,
+    classes: Annotated[int, typer.Option(help="Classes of randomised response.", min=2)] = 10,
+) -> None:
+    """Say which noise meets an ε over so many releases of each sample, before anything is trained."""
+    from rich.table import Table
+
+    from experiments.planning import plan
+
+    table = Table(title=f"ε = {epsilon:g} at δ = {delta:g} over {releases} releases of each sample", box=None)
+    for heading in ("mechanism", "least", "of", "ε by RDP"):
+        table.add_column(heading, justify="right" if heading in ("least", "ε by RDP") else "left")
+    for name, unit, figure, rdp in plan(epsilon, delta, releases, sampling=sampling, classes=classes):
+        table.add_row(name, f"{figure:.5g}", unit, f"{rdp:.4g}")
+    _console().print(table)
 
 
 @app.command("data")
