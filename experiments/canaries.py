@@ -13,7 +13,7 @@ from splitlearn.protocols import vanilla
 
 __all__ = ["audited_in_one_run"]
 
-KNOWN = 2000  # private samples at most that the attacker takes into account
+KNOWN = 1000  # private samples at most that the attacker takes into account
 Build = Callable[[Tensor, Tensor], tuple[PrivateLearner, PrivateLearner, PoissonBatches]]
 
 
@@ -46,6 +46,8 @@ def audited_in_one_run(
     client, server, batches = build(torch.cat([private.x, x[included]]), torch.cat([private.y, y[included]]))
     known = torch.randperm(len(private), generator=generator)[:KNOWN]
     all_x, all_y = torch.cat([x, private.x[known]]).to(device), torch.cat([y, private.y[known]]).to(device)
+    # A canary takes part where it is in and then is drawn.
+    rates = torch.tensor([batches.rate / 2] * canaries + [batches.rate] * len(known), dtype=torch.float64)
     scores, made, start = torch.zeros(canaries, dtype=torch.float64), 0, _joined(client, server)
     assert client.optimizer is not None
     lr = client.optimizer.param_groups[0]["lr"]
@@ -58,7 +60,7 @@ def audited_in_one_run(
             summed = {name: (start[name] - after[name]) * (client.expected_batch_size / lr) for name in start}
             scores += _participation(
                 model, start, summed, all_x, all_y, clip=client.clip, noise=client.noise_multiplier * client.clip,
-                rate=batches.rate,
+                rates=rates,
             )[:canaries]  # fmt: skip
             start = after
             if made == steps:
@@ -80,13 +82,14 @@ def _participation(
     *,
     clip: float,
     noise: float,
-    rate: float,
+    rates: Tensor,
 ) -> Tensor:
     """Return, [n], the best linear estimate of whether each sample took part in a noised sum of clipped gradients.
 
     Of the sum it reads the weights of linear layers, where the inner product of two samples' gradients is that of their
-    inputs times that of their output gradients. ``noise`` is the standard deviation of each entry. Samples take part
-    with ``rate``; who did is estimated for all at once, so that those with similar gradients explain each other.
+    inputs times that of their output gradients. Each stage of ``model``, a sequence of them, is clipped on its own.
+    ``noise`` is the standard deviation of each entry. Samples take part with probabilities ``rates``;
+    who did is estimated for all at once, so that those with similar gradients explain each other.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     inputs: dict[str, Tensor] = {}
@@ -107,14 +110,21 @@ def _participation(
             hook.remove()
     gradients = dict(zip(layers, torch.autograd.grad(loss, [outputs[name] for name in layers]), strict=True))
     gram, along = torch.zeros(len(x), len(x), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
-    for name, layer in layers.items():
-        a, g = (part.double().cpu().reshape(len(x), -1) for part in (inputs[name], gradients[name]))
-        gram += (a @ a.T + (layer.bias is not None)) * (g @ g.T)  # a bias is the weight of a constant 1
-        along += ((g @ summed[f"{name}.weight"].double().cpu()) * a).sum(1)
-        if layer.bias is not None:
-            along += g @ summed[f"{name}.bias"].double().cpu()
-    factor = (clip / gram.diagonal().sqrt()).clamp(max=1.0)  # as if these layers were all that is clipped
-    gram, along = gram * factor[:, None] * factor, along * factor
-    spread = rate * (1 - rate)
-    ridge = (noise**2 / spread) * torch.eye(len(x), dtype=torch.float64)
-    return rate + torch.linalg.solve(gram + ridge, along - rate * gram.sum(1))
+    stages: dict[str, list[str]] = {}
+    for name in layers:
+        stages.setdefault(name.partition(".")[0], []).append(name)
+    for names in stages.values():  # each party clips its own part of a sample's gradient
+        inner, toward = torch.zeros_like(gram), torch.zeros_like(along)
+        for name in names:
+            a, g = (part.double().cpu().reshape(len(x), -1) for part in (inputs[name], gradients[name]))
+            bias = layers[name].bias is not None  # the weight of a constant 1
+            inner += (a @ a.T + bias) * (g @ g.T)
+            toward += ((g @ summed[f"{name}.weight"].double().cpu()) * a).sum(1)
+            if bias:
+                toward += g @ summed[f"{name}.bias"].double().cpu()
+        factor = (clip / inner.diagonal().sqrt()).clamp(max=1.0)  # as if these layers were all of its stage
+        gram += inner * factor[:, None] * factor
+        along += toward * factor
+    spread = (rates * (1 - rates)).sqrt()  # 0 where nobody doubts who took part
+    known = spread[:, None] * gram * spread + noise**2 * torch.eye(len(x), dtype=torch.float64)
+    return rates + spread * torch.linalg.solve(known, spread * (along - gram @ rates))

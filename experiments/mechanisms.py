@@ -16,8 +16,17 @@ from torch.nn.functional import cross_entropy
 
 from attacks import GradientMatching, SentLabels
 from experiments.canaries import audited_in_one_run
-from experiments.setups import LABELLED, NOTHING, UNLABELLED
-from experiments.training import Trained, Training, optimizer_for
+from experiments.public_start import (
+    CLIENT,
+    SERVER,
+    Start,
+    activations,
+    over_the_cut,
+    trained_over,
+    u_shape,
+)
+from experiments.setups import FED, UNLABELLED, counted, over_wires
+from experiments.training import Trained, optimizer_for
 from privacy.dp import (
     Accounted,
     Adjacency,
@@ -37,53 +46,18 @@ from privacy.dp import (
     calibrate,
 )
 from privacy.dp.audit import audit_guard
-from splitlearn.cut import cut, layer_names
-from splitlearn.data import Splits, partition
+from splitlearn.data import partition
 from splitlearn.federation import Member, splitfed_v1_round
 from splitlearn.frames import Kind
-from splitlearn.party import Guard, Learner, Loss
+from splitlearn.party import Guard, Learner
 from splitlearn.protocols import u_shaped, vanilla
 from splitlearn.remote import Wire, wire
 from splitlearn.threat import Encoder, View
 from splitlearn.train import Batches, epochs_of, fit
 
-__all__ = ["MECHANISMS", "Mechanism", "PrivateSGD", "Reached", "Start"]
+__all__ = ["MECHANISMS", "Mechanism", "Reached"]
 
-SERVER, USERS, CLIENT = "server", "users of the model", "client"
-
-
-@dataclass(frozen=True)
-class PrivateSGD:
-    """Settings of DP-SGD, all of them public."""
-
-    rate: float = 0.25
-    steps: int = 40
-    clip: float = 0.5
-    lr: float = 0.5
-    physical: int = 256  # rows at once
-
-
-@dataclass(frozen=True)
-class Start:
-    """What every mechanism starts from: a model trained on public samples alone, and what it is asked to reach."""
-
-    splits: Splits
-    model: nn.Sequential  # on the training's device
-    public: Tensor  # inputs of the public samples
-    public_y: Tensor
-    training: Training
-    epsilon: float
-    delta: float
-    passes: int  # how often each private sample crosses in training, where it crosses one by one
-    sgd: PrivateSGD
-    rounds: int  # of user-level training
-    audit_draws: int
-    canaries: int
-
-    def halves(self) -> tuple[nn.Module, nn.Module]:
-        """Return bottom and top, copies of the public start."""
-        bottom, top = cut(copy.deepcopy(self.model), self.training.cut)
-        return bottom, top
+USERS = "users of the model"
 
 
 @dataclass(frozen=True)
@@ -105,16 +79,20 @@ class Reached:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A line of the catalogue. ``run(start)`` trains; ``adjacency`` is that of its claim."""
+    """A line of the catalogue. ``run(start)`` trains; ``adjacency`` is that of its claim.
+
+    ``settings`` are the options of the experiment that it depends on, beside those of every training.
+    """
 
     summary: str
     adjacency: Adjacency | None
     run: Callable[[Start], Reached]
+    settings: tuple[str, ...] = ()
 
 
 def unprotected(start: Start) -> Reached:
     """Train the top on activations and labels in the clear, over the frozen public bottom."""
-    trained, _ = _over_the_cut(start, Guard(), start.splits.private.y)
+    trained, _ = over_the_cut(start, Guard(), start.splits.private.y)
     return Reached(trained, [], 0.0, "")
 
 
@@ -140,7 +118,7 @@ def response(start: Start) -> Reached:
         sent = mechanism.label(start.splits.private.y)
     watch = Budget(delta=start.delta)
     once = replace(start, passes=1)  # one answer each, however often it is sent
-    trained, order = _over_the_cut(once, Guard(), sent, ForwardCrossEntropy(mechanism))
+    trained, order = over_the_cut(once, Guard(), sent, ForwardCrossEntropy(mechanism))
     watch.account(SERVER, CLIENT, Adjacency.REPLACE_INPUT, shaped_by=()).spend(Clear())
     zero, one = torch.tensor(0), torch.tensor(1)
     bound = audit_guard(mechanism, zero, one, delta=start.delta, draws=start.audit_draws)
@@ -158,7 +136,7 @@ def response(start: Start) -> Reached:
 def gradient(start: Start) -> Reached:
     """U shape: labels and a public, frozen head stay at home, and the gradient that goes back is clipped and noised."""
     private, training = start.splits.private, start.training
-    bottom, middle, head = (stage.requires_grad_(False) for stage in _u_shape(start))
+    bottom, middle, head = (stage.requires_grad_(False) for stage in u_shape(start))
     middle.requires_grad_(True)
     x, y = start.public, start.public_y
     clip = _gradient_norm(nn.Sequential(bottom, middle), head, x, y) * len(x) / training.batch_size
@@ -184,13 +162,12 @@ def gradient(start: Start) -> Reached:
     far = torch.zeros(4)
     far[0] = 2 * clip
     bound = audit_guard(guard, -far, far, delta=start.delta, releases=training.epochs, draws=start.audit_draws)
-    public = nn.Sequential(*_u_shape(start)[1:])
+    public = nn.Sequential(*u_shape(start)[1:])
     matching = GradientMatching(head, private.num_classes, len(private), clip)
     visible = {SERVER: list(UNLABELLED), CLIENT: ["everything but the server's weights"]}
-    nbytes = {way: dict(sorted(counts.items())) for way, counts in line.meter.nbytes.items()}
     trained = Trained(
-        [client, line.party, top], nn.Sequential(bottom, middle, head), losses, nbytes, visible, private.x, private.y,
-        Encoder(bottom), line.record,
+        [client, line.party, top], nn.Sequential(bottom, middle, head), losses, counted([line.meter]), visible,
+        private.x, private.y, Encoder(bottom), line.record,
     )  # fmt: skip
     return Reached(
         trained, [*budget.claims(), *watch.claims()], bound.lower,
@@ -221,7 +198,9 @@ def private_sgd(start: Start) -> Reached:
         nn.Sequential(*start.halves()), start.splits, sgd.steps,
         canaries=start.canaries, delta=start.delta, seed=start.training.seed, device=start.training.device,
     )  # fmt: skip
-    trained = _trained(start, client, line, done.losses, Encoder(client.stage), {USERS: ["the weights, once trained"]})
+    trained = trained_over(
+        start, client, line, done.losses, Encoder(client.stage), {USERS: ["the weights, once trained"]}
+    )
     return Reached(
         trained, [*budget.claims(), *watch.claims()], bound.lower,
         f"one run, {bound.canaries} canaries, {bound.correct} of {bound.guesses} guesses right",
@@ -248,11 +227,12 @@ def user_level(start: Start) -> Reached:
         batches = Batches(private.x[rows], private.y[rows], batch_size=training.batch_size, seed=training.seed)
         members.append(Member(client, lines[-1].party, batches))
     fed = Learner("bottom", bottom)
+    remote, meters = over_wires(members)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed + 7)
 
         def round_() -> float:
-            splitfed_v1_round(members, sessions, fed, server, aggregate=aggregate)
+            splitfed_v1_round(remote, sessions, fed, server, aggregate=aggregate)
             return sum(member.loss for member in members) / len(members)
 
         losses = fit(round_, epochs=start.rounds).losses
@@ -260,49 +240,47 @@ def user_level(start: Start) -> Reached:
     sessions[members[0].name].load_weights(server.weights())
     watch = Budget(delta=start.delta)
     watch.account(SERVER, CLIENT, Adjacency.REPLACE_SAMPLE, shaped_by=()).spend(Clear())
-    trained = _trained(start, members[0].learner, lines[0], losses, Encoder(fed.stage), {})
+    trained = trained_over(start, members[0].learner, lines[0], losses, Encoder(fed.stage), {"fed server": list(FED)})
+    trained = replace(trained, nbytes=counted([*meters, *(line.meter for line in lines)]))
     release = ClippedGaussian(start.sgd.clip / 2, noise)  # the same noise, over the same distance
     ends = torch.zeros(2, 4)
     ends[:, 0] = torch.tensor([-1.0, 1.0]) * start.sgd.clip
     bound = audit_guard(release, *ends, delta=start.delta, releases=2 * start.rounds, draws=start.audit_draws)
     return Reached(
         trained, [*budget.claims(), *watch.claims()], bound.lower,
-        f"its noise over {2 * start.rounds} averages, {bound.draws} draws a world",
+        f"Gaussian noise as of its {2 * start.rounds} averages, {bound.draws} draws a world",
         notes=[f"{len(shares)} clients, {start.rounds} rounds, noise multiplier {noise:.4g} for each average"],
     )  # fmt: skip
 
 
 MECHANISMS: dict[str, Mechanism] = {
-    "none": Mechanism("no mechanism: activations and labels in the clear, public bottom", None, unprotected),
+    "none": Mechanism(
+        "no mechanism: activations and labels in the clear, public bottom", None, unprotected, ("passes",)
+    ),
     "gaussian": Mechanism(
-        "Gaussian noise on clipped activations, each sample's own", Adjacency.REPLACE_INPUT, gaussian
+        "Gaussian noise on clipped activations, each sample's own", Adjacency.REPLACE_INPUT, gaussian,
+        ("passes", "audit_draws"),
     ),
-    "laplace": Mechanism("Laplace noise on clipped activations, each sample's own", Adjacency.REPLACE_INPUT, laplace),
+    "laplace": Mechanism(
+        "Laplace noise on clipped activations, each sample's own", Adjacency.REPLACE_INPUT, laplace,
+        ("passes", "audit_draws"),
+    ),
     "gradient": Mechanism(
-        "U shape: Gaussian noise on the clipped gradient that the head returns", Adjacency.REPLACE_LABEL, gradient
+        "U shape: Gaussian noise on the clipped gradient that the head returns", Adjacency.REPLACE_LABEL, gradient,
+        ("audit_draws",),
     ),
-    "response": Mechanism("randomised response on labels, debiased loss", Adjacency.REPLACE_LABEL, response),
-    "dpsgd": Mechanism("DP-SGD on both stages in one account", Adjacency.ADD_REMOVE_SAMPLE, private_sgd),
-    "user_level": Mechanism("SplitFed V1 whose averages hide whole clients", Adjacency.ADD_REMOVE_CLIENT, user_level),
-}
-
-
-def _u_shape(start: Start) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Return bottom, middle and head of the public start: the head is all above the cut, the middle one trained layer.
-
-    The middle begins at the last layer below the cut that has parameters.
-    """
-    model = copy.deepcopy(start.model)
-    names = layer_names(model)
-    below = names[: names.index(start.training.cut) + 1]
-    trained = [number for number, name in enumerate(below) if list(model.get_submodule(name).parameters())]
-    if not trained or trained[-1] == 0:
-        raise ValueError(
-            f"expected room for a bottom and a middle below {start.training.cut}, got none; use --cut with a later "
-            "layer, or leave the gradient mechanism out"
-        )
-    bottom, middle, head = cut(model, below[trained[-1] - 1], start.training.cut)
-    return bottom, middle, head
+    "response": Mechanism(
+        "randomised response on labels, debiased loss", Adjacency.REPLACE_LABEL, response, ("audit_draws",)
+    ),
+    "dpsgd": Mechanism(
+        "DP-SGD on both stages in one account", Adjacency.ADD_REMOVE_SAMPLE, private_sgd,
+        ("rate", "steps", "clip", "sgd_lr", "canaries"),
+    ),
+    "user_level": Mechanism(
+        "SplitFed V1 whose averages hide whole clients", Adjacency.ADD_REMOVE_CLIENT, user_level,
+        ("clip", "rounds", "audit_draws"),
+    ),
+}  # fmt: skip
 
 
 def _gradient_norm(below: nn.Module, head: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -314,27 +292,13 @@ def _gradient_norm(below: nn.Module, head: nn.Module, x: Tensor, y: Tensor) -> f
     return g.flatten(1).norm(dim=1).median().clamp(min=1e-8).item()
 
 
-class Shift(nn.Module):
-    """Adds a public constant: activations are clipped around the public mean, not around 0."""
-
-    offset: Tensor
-
-    def __init__(self, offset: Tensor):
-        super().__init__()
-        self.register_buffer("offset", offset)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Return ``z`` plus the constant."""
-        return z + self.offset
-
-
 def _noised(
     start: Start,
     make: Callable[[float], GaussianRelease] | Callable[[float], LaplaceRelease],
     mechanism: type[ClippedGaussian] | type[ClippedLaplace],
 ) -> Reached:
     bottom, _ = start.halves()
-    public = _activations(bottom, start.public)
+    public = activations(bottom, start.public)
     norm = 2 if mechanism is ClippedGaussian else 1
     clip = (public - public.mean(0)).flatten(1).norm(p=norm, dim=1).median().item()
     budget, watch = Budget(start.epsilon, start.delta), Budget(delta=start.delta)
@@ -346,7 +310,7 @@ def _noised(
     entered = Accounted(
         guard, account, everything, over=len(private), crosses={Kind.ACTIVATION, Kind.LABEL}
     )  # fmt: skip
-    trained, _ = _over_the_cut(start, entered, private.y, centre=public.mean(0))
+    trained, _ = over_the_cut(start, entered, private.y, centre=public.mean(0))
     far = torch.zeros_like(public[0]).flatten()
     far[0] = 2 * clip
     far = far.reshape(public[0].shape)
@@ -356,42 +320,6 @@ def _noised(
         f"{start.passes} releases of either end of the ball, {bound.draws} draws a world", start.passes, guard,
         notes=[f"clip {clip:.4g}, the median norm of public activations around their mean; {guard!r}"],
     )  # fmt: skip
-
-
-def _over_the_cut(
-    start: Start, guard: Guard, sent_y: Tensor, loss: Loss | None = None, centre: Tensor | None = None
-) -> tuple[Trained, Tensor]:
-    """Send each sample ``passes`` times over a real wire, and let the server go on with what it was sent.
-
-    Returns what was trained, and the order in which the samples crossed first.
-    """
-    training, x = start.training, start.splits.private.x
-    bottom, top = start.halves()
-    if centre is not None:
-        bottom, top = nn.Sequential(bottom, Shift(-centre)), nn.Sequential(Shift(centre), top)
-    client = Learner(CLIENT, bottom.requires_grad_(False), None, guard, seed=training.seed * 1000 + 1)
-    options = {} if loss is None else {"loss": loss}
-    server = Learner(SERVER, top, optimizer_for(top, training), seed=training.seed * 1000, **options)  # type: ignore[arg-type]
-    line = wire(server, max_nbytes=1 << 34)
-    order: list[Tensor] = []
-
-    def step(ids: Tensor, _: Tensor) -> Tensor:
-        order.append(ids)
-        return vanilla(client, line.party, x[ids], sent_y[ids])
-
-    ids = torch.arange(len(x))
-    losses = fit(
-        epochs_of(step, Batches(ids, ids, batch_size=training.batch_size, seed=training.seed)),
-        epochs=min(start.passes, training.epochs),
-    ).losses
-    more = training.epochs - len(losses)
-    if more > 0:  # the server has what crossed, and needs nobody's leave to learn from it again
-        sent = [exchange.request.tensors for exchange in line.record.exchanges]
-        z, y = (torch.cat([tensors[kind] for tensors in sent]) for kind in (Kind.ACTIVATION, Kind.LABEL))
-        again = Batches(z.detach(), y, batch_size=training.batch_size, seed=training.seed + 1)
-        losses += fit(epochs_of(lambda z, y: server.learn(z, y)[0], again), epochs=more).losses
-    encoder = Encoder(bottom, guard)
-    return _trained(start, client, line, losses, encoder, {}), torch.cat(order)[: len(x)]
 
 
 def _private_parties(
@@ -419,22 +347,7 @@ def _private_parties(
     return parties[0], parties[1], batches
 
 
-def _trained(
-    start: Start, client: Learner, line: Wire, losses: list[float], encoder: Encoder, more: dict[str, list[str]]
-) -> Trained:
-    private = start.splits.private
-    visible = {SERVER: list(LABELLED), CLIENT: list(NOTHING), **more}
-    nbytes = {way: dict(sorted(counts.items())) for way, counts in line.meter.nbytes.items()}
-    model = nn.Sequential(client.stage)
-    return Trained([client, line.party], model, losses, nbytes, visible, private.x, private.y, encoder, line.record)
-
-
 def _forgetting(line: Wire, loss: Tensor) -> Tensor:
     """Drop the transcript of a step that no attack reads; the bytes stay counted."""
     line.record.clear()
     return loss
-
-
-@torch.no_grad()
-def _activations(bottom: nn.Module, x: Tensor) -> Tensor:
-    return torch.cat([bottom(part) for part in x.split(256)])

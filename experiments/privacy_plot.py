@@ -72,7 +72,7 @@ def privacy(records: Sequence[Record], path: Path) -> Path | None:
 
 def _epsilon_axis(axes: Axes, claims: Sequence[float]) -> None:
     axes.set_xscale("log")
-    axes.set_xticks(sorted({float(f"{claim:.2g}") for claim in claims}))  # 3.9998 is 4 on an axis
+    axes.set_xticks(sorted({float(f"{claim:.3g}") for claim in claims}))  # 3.9998 is 4 on an axis
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(min(claims) / REACH, max(claims) * 1.3)

@@ -10,27 +10,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import ATTACKS
-from experiments.mechanisms import MECHANISMS, PrivateSGD, Reached, Start
+from experiments.mechanisms import MECHANISMS, Reached
 from experiments.names import find
+from experiments.public_start import PrivateSGD, Start, public_model
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
-from experiments.scoring import SHOWN, attacked
+from experiments.scoring import attack_victim
 from experiments.training import Training, build_model, device_of, load_splits, sizes_of, warm_up
 from privacy.dp import dfil_of, mse_bound
 from splitlearn.cut import cut, layer_names
 from splitlearn.data import DATASETS, Splits
 from splitlearn.metrics import accuracy, accuracy_advantage
 from splitlearn.threat import Threat, observe
-from splitlearn.train import Batches, evaluate, predict
+from splitlearn.train import evaluate
 
 __all__ = ["PRIVACY_UTILITY", "Config"]
 
 BOUNDED = 8  # targets whose Fisher information is worked out
-PUBLIC_STEPS = 120  # of Adam on the public samples, from which all mechanisms start
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class Config:
         default=("rmle", "decoder"), metadata={"help": "attacks on the activations, of rmle, decoder; '' for none"}
     )
     targets: int = field(default=100, metadata={"help": "private samples that are attacked"})
+    private: int = field(default=0, metadata={"help": "private samples; 0: the data set's usual number"})
+    auxiliary: int = field(default=0, metadata={"help": "auxiliary samples; 0: the data set's usual number"})
     audit_draws: int = field(default=100_000, metadata={"help": "draws of each world in an audit"})
     canaries: int = field(default=200, metadata={"help": "canaries in the one-run audit of DP-SGD"})
 
@@ -75,11 +76,8 @@ class Trial:
 
     def described(self) -> dict[str, Any]:
         """Return the full configuration: every setting that the result depends on."""
-        chosen = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self.config).items()
-            if name not in ("mechanisms", "epsilons", "cut", "epochs", "batch_size", "lr", "clients", "attacks")
-        }
+        used = ("delta", "public", "targets", *MECHANISMS[self.mechanism].settings)
+        chosen = {name: getattr(self.config, name) for name in used}
         private, auxiliary, test = self.sizes
         return {
             "data": self.data,
@@ -102,10 +100,9 @@ def tasks(config: Config, options: Options) -> list[Task]:
         find("attack", name, {name: one for name, one in ATTACKS.items() if one.family == "reconstruction"})
     if not config.epsilons or not all(0 < one < float("inf") for one in config.epsilons):
         raise ValueError(f"expected --epsilons above 0, got {','.join(map(str, config.epsilons)) or 'none'}")
-    for name in ("passes", "rounds", "steps", "canaries"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"expected --{name} of 1 or more, got {getattr(config, name)}")
-    sizes, device = sizes_of(options.data), device_of(options.device)
+    _check_numbers(config)
+    sizes = sizes_of(options.data, private=config.private, auxiliary=config.auxiliary)
+    device = device_of(options.device)
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
     _check(config, splits)
     place = layer_names(build_model(splits, seed=0))[-1] if config.cut == "default" else config.cut
@@ -116,7 +113,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
             for seed in options.seeds:
                 training = Training(
                     cut=place, epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, seed=seed,
-                    clients=config.clients, device=device,
+                    clients=config.clients if mechanism == "user_level" else 1, device=device,
                     protocol="splitfed_v1" if mechanism == "user_level" else "vanilla",
                 )  # fmt: skip
                 trial = Trial(options.data, sizes, mechanism, epsilon, training, config)
@@ -157,47 +154,18 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     utility["accuracy_public"] = evaluate([_Whole(model)], splits.test.x, splits.test.y)["accuracy"]
     seconds["evaluate"] = time.perf_counter() - clock
     leakage = _label_leakage(start, reached) if reached.label_attacks else []
-    images: dict[str, Tensor] = {}
-    visible = dict(trained.visible)
-    assert trained.record is not None
-    x, y = trained.victim_x[: config.targets], trained.victim_y[: config.targets]
-    trained.record.clear()
-    for _ in range(reached.releases):  # the bottom is frozen: as in training, under noise drawn anew
-        predict(trained.chain, x)
-    for name in config.attacks:
-        clock = time.perf_counter()
-        attack = replace(ATTACKS[name], threat=replace(ATTACKS[name].threat, releases=reached.releases))
-        leak, x_hat = attacked(name, attack, trained, splits, x, y, training=trial.training)
-        seconds[f"attack_{name}"] = time.perf_counter() - clock
-        leakage.append(leak)
-        visible[f"attacker ({name})"] = attack.threat.in_words()
-        if x.ndim == 4:
-            images |= {"original": x[:SHOWN].cpu(), name: x_hat[:SHOWN].cpu()}
+    # The bottom is frozen where samples are noised one by one: what crosses now is as it was in training, noise anew.
+    attacks = attack_victim(
+        config.attacks, trained, splits, trial.training, targets=config.targets, releases=reached.releases
+    )
     claimed = reached.claims[0] if reached.claims else None
     return Outcome(
-        utility=utility, leakage=leakage, nbytes=trained.nbytes, seconds=seconds, visible=visible, images=images,
+        utility=utility, leakage=leakage + attacks.leakage, nbytes=trained.nbytes, seconds=seconds | attacks.seconds,
+        visible=trained.visible | attacks.visible, images=attacks.images,
         epsilon=None if claimed is None else claimed.epsilon, delta=None if claimed is None else claimed.delta,
         epsilon_lower=None if claimed is None else reached.lower, accounts=[str(claim) for claim in reached.claims],
-        mse_bound=_mse_bound(reached, x), notes=_notes(trial, reached, mechanism.adjacency),
+        mse_bound=_mse_bound(reached), notes=_notes(trial, reached, mechanism.adjacency),
     )  # fmt: skip
-
-
-def public_model(splits: Splits, count: int, training: Training) -> nn.Sequential:
-    """Return the model that all start from, trained on the first ``count`` auxiliary samples, which are public."""
-    model = build_model(splits, seed=training.seed).to(training.device)
-    if not count:
-        return model
-    x, y = (part[:count].to(training.device) for part in (splits.auxiliary.x, splits.auxiliary.y))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    batches = Batches(x, y, batch_size=32, seed=training.seed)
-    done = 0
-    while done < PUBLIC_STEPS:
-        for part, labels in batches:
-            optimizer.zero_grad()
-            cross_entropy(model(part), labels).backward()
-            optimizer.step()
-            done += 1
-    return model
 
 
 class _Whole:
@@ -239,8 +207,9 @@ def _label_leakage(start: Start, reached: Reached) -> list[Leakage]:
     ]  # fmt: skip
 
 
-def _mse_bound(reached: Reached, x: Tensor) -> float | None:
+def _mse_bound(reached: Reached) -> float | None:
     """Return the mean over some targets of the least error of an unbiased attacker; None without noise of a density."""
+    x = reached.trained.victim_x
     if reached.guard is None or not x.is_floating_point() or reached.trained.encoder is None:
         return None
     stage = copy.deepcopy(reached.trained.encoder.stage)
@@ -253,6 +222,24 @@ def _notes(trial: Trial, reached: Reached, adjacency: object) -> list[str]:
     if adjacency is not None:
         notes += [f"strength: ε at δ = {trial.config.delta:g}, to {adjacency}", f"audit: {reached.audit}"]
     return notes
+
+
+def _check_numbers(config: Config) -> None:
+    for name, least in (("passes", 1), ("rounds", 1), ("steps", 1), ("canaries", 2), ("audit_draws", 100)):
+        if getattr(config, name) < least:
+            option = name.replace("_", "-")
+            raise ValueError(f"expected --{option} of {least} or more, got {getattr(config, name)}")
+    if config.passes > config.epochs:
+        raise ValueError(
+            f"expected --passes of at most the {config.epochs} --epochs, got {config.passes}: noise is made for as "
+            "many releases as are made"
+        )
+    for name in ("clip", "sgd_lr"):
+        if not 0 < getattr(config, name) < float("inf"):
+            option = name.replace("_", "-")
+            raise ValueError(f"expected --{option} above 0, got {getattr(config, name)}")
+    if not 0 < config.rate <= 1:
+        raise ValueError(f"expected --rate above 0 and of at most 1, got {config.rate}")
 
 
 def _check(config: Config, splits: Splits) -> None:
@@ -269,6 +256,9 @@ def _check(config: Config, splits: Splits) -> None:
         )
     if config.attacks and not 1 <= config.targets <= len(private):
         raise ValueError(f"expected --targets between 1 and {len(private)}, got {config.targets}")
+    most = int(0.8 * len(private))  # half of them join the private samples, and batches are to stay as large
+    if "dpsgd" in config.mechanisms and min(config.canaries, len(auxiliary)) > most:
+        raise ValueError(f"expected --canaries of at most {most}, got {config.canaries}: {len(private)} are private")
     if not 1 <= config.clients <= len(private):
         raise ValueError(f"expected --clients between 1 and {len(private)}, got {config.clients}")
     if not 0 < config.delta < 1 / len(private):

@@ -1,17 +1,55 @@
 """An attack on the activations, run on its view and scored outside of it, beside what one reaches who saw nothing."""
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
 from torch import Tensor
 
+from experiments.ingredients import ATTACKS
 from experiments.parts import Aim, Attack
 from experiments.record import Leakage
 from experiments.training import Trained, Training
 from splitlearn.data import Splits
 from splitlearn.metrics import score_reconstruction
 from splitlearn.threat import Grants, observe
+from splitlearn.train import predict
 
-__all__ = ["SHOWN", "aim_of", "attacked"]
+__all__ = ["Attacked", "aim_of", "attack_victim", "attacked"]
 
 SHOWN = 8  # reconstructions kept for the picture
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What several attacks on the activations got: fields of an ``Outcome``."""
+
+    leakage: list[Leakage] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    visible: dict[str, list[str]] = field(default_factory=dict)
+    images: dict[str, Tensor] = field(default_factory=dict)
+
+
+def attack_victim(
+    names: Sequence[str], trained: Trained, splits: Splits, training: Training, *, targets: int, releases: int
+) -> Attacked:
+    """Let the victim send its first ``targets`` inputs, as often as ``releases`` says, and run each attack on that."""
+    assert trained.record is not None
+    done = Attacked()
+    x, y = trained.victim_x[:targets], trained.victim_y[:targets]
+    trained.record.clear()
+    for _ in range(releases):
+        predict(trained.chain, x)
+    for name in names:
+        start = time.perf_counter()
+        attack = replace(ATTACKS[name], threat=replace(ATTACKS[name].threat, releases=releases))
+        leak, x_hat = attacked(name, attack, trained, splits, x, y, training=training)
+        done.seconds[f"attack_{name}"] = time.perf_counter() - start
+        done.leakage.append(leak)
+        done.visible[f"attacker ({name})"] = attack.threat.in_words()
+        if x.ndim == 4:
+            done.images.update({"original": x[:SHOWN].cpu(), name: x_hat[:SHOWN].cpu()})
+    return done
 
 
 def aim_of(splits: Splits, seed: int) -> Aim:

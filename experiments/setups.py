@@ -40,6 +40,8 @@ from splitlearn.train import Batches, Predictor, epochs_of, fit
 from splitlearn.wire import Framed, Metered, serve
 
 __all__ = [
+    "counted",
+    "over_wires",
     "train_fedavg",
     "train_parallel",
     "train_splitfed_v1",
@@ -91,7 +93,7 @@ def train_u_shaped(training: Training, splits: Splits, shield: Shield) -> Traine
     encoder = Encoder(client.stage, client.guard, shield.codec)
     model = nn.Sequential(client.stage, middle, head)
     chain: list[Predictor] = [client, line.party, top]
-    return Trained(chain, model, losses, _counted([line.meter]), visible, batches.x, batches.y, encoder, line.record)
+    return Trained(chain, model, losses, counted([line.meter]), visible, batches.x, batches.y, encoder, line.record)
 
 
 def train_splitfed_v1(training: Training, splits: Splits, shield: Shield) -> Trained:
@@ -140,9 +142,9 @@ def train_fedavg(training: Training, splits: Splits, shield: Shield) -> Trained:
     everywhere = Learner("fed server", model)
     batches = _shares(training, splits)
     members = [Member(_client(training, model, Shield(), number), None, own) for number, own in enumerate(batches)]
-    remote, meters = _over_wires(members)
+    remote, meters = over_wires(members)
     losses = _rounds(training, members, batches, lambda: fedavg_round(remote, everywhere))
-    return Trained([everywhere], model, losses, _counted(meters), {"fed server": FED}, batches[0].x, batches[0].y)
+    return Trained([everywhere], model, losses, counted(meters), {"fed server": FED}, batches[0].x, batches[0].y)
 
 
 def train_vertical(training: Training, splits: Splits, shield: Shield) -> Trained:
@@ -177,7 +179,7 @@ def train_vertical(training: Training, splits: Splits, shield: Shield) -> Traine
     chain: list[Predictor] = [_Together(learners, columns, joined, shield.codec), seen.party]
     whole_model = nn.Sequential(side, top)
     return Trained(
-        chain, whole_model, losses, _counted(meters), visible, splits.private.x, splits.private.y, encoder, seen.record
+        chain, whole_model, losses, counted(meters), visible, splits.private.x, splits.private.y, encoder, seen.record
     )
 
 
@@ -234,7 +236,7 @@ class _Table:
             [client, self.wires[0].party],
             nn.Sequential(client.stage, session.stage),
             losses,
-            _counted([*self.meters, *(line.meter for line in self.wires)]),
+            counted([*self.meters, *(line.meter for line in self.wires)]),
             visible,
             self.batches[0].x,
             self.batches[0].y,
@@ -252,7 +254,7 @@ def _table(training: Training, splits: Splits, shield: Shield, *, shared: bool) 
     wires = [wire(session, shield.codec) for session in sessions.values()]
     batches = _shares(training, splits)
     members = [Member(one, line.party, own) for one, line, own in zip(clients, wires, batches, strict=True)]
-    remote, meters = _over_wires(members)
+    remote, meters = over_wires(members)
     return _Table(
         training, batches, members, remote, sessions, wires, meters, Learner("bottom", bottom), server, shield
     )
@@ -279,7 +281,7 @@ def _shares(training: Training, splits: Splits) -> list[Batches]:
     return [_batches(training, x[rows], y[rows]) for rows in partition.iid(len(x), training.clients, training.seed)]
 
 
-def _over_wires(members: Sequence[Member]) -> tuple[list[RemoteMember], list[Metered]]:
+def over_wires(members: Sequence[Member]) -> tuple[list[RemoteMember], list[Metered]]:
     """Return the members as the fed server sees them, its requests going down, and the meters on the way."""
     meters = [Metered(serve(Service({member.name: member})), requests="down") for member in members]
     remote = [RemoteMember(one.name, Framed(meter), one.name) for one, meter in zip(members, meters, strict=True)]
@@ -298,7 +300,7 @@ def _rounds(
     return fit(epoch, epochs=training.epochs).losses
 
 
-def _counted(meters: Sequence[Metered]) -> dict[str, dict[str, int]]:
+def counted(meters: Sequence[Metered]) -> dict[str, dict[str, int]]:
     """Return the bytes of all wires together: direction, then kind."""
     total = {direction: sum((meter.nbytes[direction] for meter in meters), Counter()) for direction in ("up", "down")}
     return {direction: dict(sorted(counts.items())) for direction, counts in total.items()}

@@ -6,19 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
 from experiments.names import find
 from experiments.parts import Aim, Shield
-from experiments.record import Leakage
 from experiments.runner import Outcome, Task
-from experiments.scoring import SHOWN, aim_of, attacked
+from experiments.scoring import Attacked, aim_of, attack_victim
 from experiments.training import Training, build_model, default_cut, device_of, load_splits, sizes_of, warm_up
 from splitlearn.cut import cut
 from splitlearn.data import DATASETS, Dataset, Splits
-from splitlearn.train import evaluate, predict
+from splitlearn.train import evaluate
 
 __all__ = ["TRADEOFF", "Config"]
 
@@ -145,31 +142,19 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     start = time.perf_counter()
     utility = evaluate(trained.chain, splits.test.x, splits.test.y)
     seconds["evaluate"] = time.perf_counter() - start
-    leakage: list[Leakage] = []
-    images: dict[str, Tensor] = {}
+    attacks = Attacked()
     notes = [f"loss of the last epoch: {trained.losses[-1]:.4f}"]
     if unit := PROTECTIONS[trial.protection].unit:
         notes.append(f"strength: {unit}")
-    visible = dict(trained.visible)
     if trained.record is None:
         notes.append("no activation crosses under this protocol, so these attacks have nothing to read")
     else:
-        x, y = trained.victim_x[: trial.targets], trained.victim_y[: trial.targets]
-        trained.record.clear()
-        for _ in range(trial.releases):
-            predict(trained.chain, x)
-        for name in trial.attacks:
-            start = time.perf_counter()
-            attack = replace(ATTACKS[name], threat=replace(ATTACKS[name].threat, releases=trial.releases))
-            leak, x_hat = attacked(name, attack, trained, splits, x, y, training=trial.training)
-            seconds[f"attack_{name}"] = time.perf_counter() - start
-            leakage.append(leak)
-            visible[f"attacker ({name})"] = attack.threat.in_words()
-            if x.ndim == 4:
-                images |= {"original": x[:SHOWN].cpu(), name: x_hat[:SHOWN].cpu()}
+        attacks = attack_victim(
+            trial.attacks, trained, splits, trial.training, targets=trial.targets, releases=trial.releases
+        )
     return Outcome(
-        utility=utility, leakage=leakage, nbytes=trained.nbytes, seconds=seconds, visible=visible, notes=notes,
-        images=images,
+        utility=utility, leakage=attacks.leakage, nbytes=trained.nbytes, seconds=seconds | attacks.seconds,
+        visible=trained.visible | attacks.visible, notes=notes, images=attacks.images,
     )  # fmt: skip
 
 
