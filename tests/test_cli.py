@@ -86,8 +86,9 @@ def tiny(monkeypatch, tmp_path):
     """A catalogue of one thing each, an empty folder to be in, and no data directory named."""
     catalogue = ModuleType("experiments.catalogue")
     catalogue.EXPERIMENTS = {"tiny": Experiment("tiny", "What does noise cost?", Config, tasks)}
-    for kind in ("PROTOCOLS", "ATTACKS", "PROTECTIONS"):
+    for kind in ("PROTOCOLS", "ATTACKS", "PROTECTIONS", "MECHANISMS"):
         setattr(catalogue, kind, {"some": SimpleNamespace(summary=f"one of the {kind.lower()}")})
+    catalogue.LABEL_ATTACKS = {}
     catalogue.BENCHES = {"speed": SimpleNamespace(summary="how fast", run=measure)}
     monkeypatch.setitem(sys.modules, "experiments.catalogue", catalogue)
     monkeypatch.delenv("SPLITLEARN_DATA", raising=False)
@@ -112,11 +113,19 @@ def test_the_installed_command_starts_fast_and_anywhere(tmp_path):
 
 
 def test_everything_in_the_real_catalogue_is_listed_and_has_help():
-    from experiments.catalogue import ATTACKS, BENCHES, EXPERIMENTS, PROTECTIONS, PROTOCOLS
+    from experiments.catalogue import (
+        ATTACKS,
+        BENCHES,
+        EXPERIMENTS,
+        LABEL_ATTACKS,
+        MECHANISMS,
+        PROTECTIONS,
+        PROTOCOLS,
+    )
     from splitlearn.data import DATASETS
 
     lines = call("list").stdout.splitlines()
-    for kind in (EXPERIMENTS, PROTOCOLS, ATTACKS, PROTECTIONS, DATASETS, BENCHES):
+    for kind in (EXPERIMENTS, PROTOCOLS, ATTACKS, LABEL_ATTACKS, PROTECTIONS, MECHANISMS, DATASETS, BENCHES):
         for name, thing in kind.items():
             assert any(line.split() == [name, *thing.summary.split()] for line in lines), name
     for group, names in (("run", EXPERIMENTS), ("bench", BENCHES)):
@@ -324,3 +333,21 @@ def test_ctrl_c_keeps_what_is_done_and_says_so_in_one_line(tmp_path):
     _, stderr = running.communicate(timeout=20)
     assert running.returncode == 130
     assert stderr == "interrupted: 1 of 3 trials kept in runs/tiny; run the same command again to go on\n"
+
+
+def test_noise_says_what_meets_an_epsilon_before_anything_is_trained():
+    local = call("noise", "--epsilon", "4", "--releases", "20").stdout
+    assert "Gaussian" in local
+    assert "4.835" in local  # sqrt(20) over the greatest mu of (4, 1e-5), in closed form
+    assert "0.41088" in local  # ε of one of 20 randomised answers
+    sampled = call("noise", "--epsilon", "1.5", "--releases", "100", "--sampling", "0.01").stdout
+    assert "DP-SGD" in sampled
+    assert "Laplace" not in sampled
+    for wrong, message in (
+        (("--epsilon", "-1"), "expected a finite ε above 0"),
+        (("--sampling", "2"), "expected a sampling probability above 0"),
+        (("--delta", "0"), "expected δ between 0 and 1"),
+    ):
+        result = CliRunner().invoke(app, ["noise", *wrong], prog_name="splitlearn")
+        assert result.exit_code != 0
+        assert message in result.output + str(result.exception)
