@@ -8,7 +8,7 @@ one by one: nothing else makes an ε per sample hold.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -182,10 +182,7 @@ def gradient(start: Start) -> Reached:
 def private_sgd(start: Start) -> Reached:
     """Train bottom and top by DP-SGD in one account; activations and labels cross in the clear."""
     sgd, private = start.sgd, start.splits.private
-    noise = calibrate(
-        partial(GaussianRelease, sampling=sgd.rate), epsilon=start.epsilon, delta=0.99 * start.delta,
-        releases=sgd.steps,
-    )  # fmt: skip
+    noise = _sgd_noise(start.epsilon, start.delta, sgd.rate, sgd.steps)
     budget = Budget(start.epsilon, start.delta)
     client, server, batches = _private_parties(start, noise, budget, private.x, private.y)
     line = wire(server, max_nbytes=1 << 34)
@@ -320,6 +317,13 @@ def _noised(
         f"{start.passes} releases of either end of the ball, {bound.draws} draws a world", start.passes, guard,
         notes=[f"clip {clip:.4g}, the median norm of public activations around their mean; {guard!r}"],
     )  # fmt: skip
+
+
+@cache
+def _sgd_noise(epsilon: float, delta: float, rate: float, steps: int) -> float:
+    """Return the noise multiplier of DP-SGD; a hundredth of δ is left for batches over their capacity."""
+    make = partial(GaussianRelease, sampling=rate)
+    return calibrate(make, epsilon=epsilon, delta=0.99 * delta, releases=steps)
 
 
 def _private_parties(

@@ -33,7 +33,7 @@ DELTA = 1e-5
 ROWS, WIDTH = 4, 4  # of a frame
 STEPS = 2  # of a training that is audited; the second one tells
 COMMON = 32  # samples in both worlds of a training
-TRAININGS = 600  # draws of a world: log(600 / 7.6) is 4.4
+TRAININGS = 1000  # draws of a world: log(1000 / 7.6) is 4.9
 # Randomised response and Laplace meet their claims exactly: at 95 % each would be accused in one of 40 audits.
 CONFIDENCE = 0.999
 Frames = Callable[[Tensor, float], Tensor]  # frames [n, rows, width] and a noise multiplier to what is sent
