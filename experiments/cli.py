@@ -192,7 +192,8 @@ def _noise(
 
     from experiments.planning import plan
 
-    table = Table(title=f"ε = {epsilon:g} at δ = {delta:g} over {releases} releases of each sample", box=None)
+    what = "releases of each sample" if sampling == 1 else f"steps, each sample in one with probability {sampling:g}"
+    table = Table(title=f"ε = {epsilon:g} at δ = {delta:g} over {releases} {what}", box=None)
     for heading in ("mechanism", "least", "of", "ε by RDP"):
         table.add_column(heading, justify="right" if heading in ("least", "ε by RDP") else "left")
     for name, unit, figure, rdp in plan(epsilon, delta, releases, sampling=sampling, classes=classes):

@@ -187,7 +187,7 @@ def private_sgd(start: Start) -> Reached:
     client, server, batches = _private_parties(start, noise, budget, private.x, private.y)
     line = wire(server, max_nbytes=1 << 34)
     epoch = epochs_of(lambda x, y: _forgetting(line, vanilla(client, line.party, x, y)), batches)
-    done = fit(epoch, epochs=-(-sgd.steps // round(1 / sgd.rate)))
+    done = fit(epoch, epochs=-(-sgd.steps // round(1 / sgd.rate)))  # or as many steps as the budget allows
     watch = Budget(delta=start.delta)
     watch.account(SERVER, CLIENT, Adjacency.REPLACE_SAMPLE, shaped_by=()).spend(Clear())
     bound = audited_in_one_run(
@@ -209,7 +209,7 @@ def user_level(start: Start) -> Reached:
     """SplitFed V1 with both averages noised for whole clients; activations and labels cross in the clear."""
     private, training = start.splits.private, start.training
     budget = Budget(start.epsilon, start.delta)
-    account = budget.account("other clients", "fed server", Adjacency.ADD_REMOVE_CLIENT, model="central")
+    account = budget.account("other clients", "any client", Adjacency.ADD_REMOVE_CLIENT, model="central")
     noise = account.noise_for(GaussianRelease, releases=2 * start.rounds)
     bottom, top = start.halves()
     shares = partition.iid(len(private), training.clients, training.seed)
@@ -305,7 +305,8 @@ def _noised(
     everything = watch.account(SERVER, CLIENT, Adjacency.REPLACE_SAMPLE, shaped_by=[bottom])
     private = start.splits.private
     entered = Accounted(
-        guard, account, everything, over=len(private), crosses={Kind.ACTIVATION, Kind.LABEL}
+        guard, account, everything, over=len(private), crosses={Kind.ACTIVATION, Kind.LABEL},
+        predictions="of others",
     )  # fmt: skip
     trained, _ = over_the_cut(start, entered, private.y, centre=public.mean(0))
     far = torch.zeros_like(public[0]).flatten()

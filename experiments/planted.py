@@ -186,7 +186,7 @@ def _user_level(epsilon: float, draws: int) -> Bound:
     noise = calibrate(GaussianRelease, epsilon=epsilon, delta=DELTA)
 
     def worlds(which: int, count: int) -> Tensor:
-        account = Budget().account("members", "fed server", "add or remove one client", model="central")
+        account = Budget().account("members", "any client", "add or remove one client", model="central")
         aggregate = PrivateMean(1.0, noise, 2.0, account)
         start = {"w": torch.zeros(2)}
         weights = [{"w": torch.zeros(2)}, {"w": torch.tensor([100.0, 0.0])}][: 1 + which]

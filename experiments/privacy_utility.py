@@ -121,8 +121,8 @@ def tasks(config: Config, options: Options) -> list[Task]:
                 alone = replace(config, mechanisms=(mechanism,), epsilons=some, cut=place)
                 command = reproduction("privacy_utility", alone, data=options.data, device=device, seed=seed)
                 labels = {
-                    # One setting: what is compared is mechanisms, each under the protocol that it needs.
-                    "seed": seed, "data": options.data, "protocol": "vanilla", "cut": place,
+                    # No protocol: what is compared is mechanisms, each under the protocol that it needs.
+                    "seed": seed, "data": options.data, "protocol": "", "cut": place,
                     "protection": mechanism, "strength": "" if isinf(epsilon) else f"{epsilon:g}",
                 }  # fmt: skip
                 call = partial(run_trial, trial, options.data_dir)

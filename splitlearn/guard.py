@@ -26,6 +26,10 @@ class Guard:
         """Return what is sent in place of the activation ``z`` (batch first)."""
         return z
 
+    def prediction(self, z: Tensor) -> Tensor:
+        """Return what is sent in place of the activation ``z`` of a prediction: as in training, until overridden."""
+        return self.activation(z)
+
     def gradient(self, g: Tensor, y: Tensor | None = None) -> Tensor:
         """Return what is sent in place of the gradient ``g``; ``y`` are the labels where this party knows them."""
         return g
@@ -37,6 +41,11 @@ class Guard:
     def penalty(self, x: Tensor, z: Tensor) -> Tensor | None:
         """Return a scalar added to the loss of the party that sends ``z`` for its input ``x``, or None."""
         return None
+
+    @property
+    def secret(self) -> bool:
+        """Whether what it draws must stay unknown: a party that is given no seed then draws one by chance."""
+        return False
 
     @property
     def penalises(self) -> bool:
@@ -69,6 +78,17 @@ class Guards(Guard):
         for guard in self.guards:
             z = guard.activation(z)
         return z
+
+    def prediction(self, z: Tensor) -> Tensor:
+        """Return ``z`` passed through every guard, as each does for a prediction."""
+        for guard in self.guards:
+            z = guard.prediction(z)
+        return z
+
+    @property
+    def secret(self) -> bool:
+        """Whether one of the guards is."""
+        return any(guard.secret for guard in self.guards)
 
     def gradient(self, g: Tensor, y: Tensor | None = None) -> Tensor:
         """Return ``g`` passed through every guard."""

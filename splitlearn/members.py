@@ -80,6 +80,10 @@ class Member:
         batches = self.batches.state_dict() if hasattr(self.batches, "state_dict") else {}
         return {"learner": self.learner.state_dict(), "batches": batches}
 
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned, but for the learner's randomness, which goes on."""
+        self.learner.put_back(state["learner"])
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
         self.learner.load_state_dict(state["learner"])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
@@ -51,7 +52,8 @@ class Learner:
 
     ``optimizer`` was built over the stage's parameters; None leaves the stage as it is. ``loss(output, label)``
     returns a scalar mean over the batch. ``seed`` and ``name`` start this party's own generator, from which
-    dropout and guards draw; no party's randomness depends on where the others run.
+    dropout and guards draw; no party's randomness depends on where the others run. Without a seed it is 0, or drawn by
+    chance where the guard's noise must stay secret (``Guard.secret``): who knows it draws the same noise.
 
     A step that was begun by ``forward`` and has not come ``backward`` is open. The next ``forward`` or ``learn``
     gives it up, and so does ``abandon``.
@@ -65,7 +67,7 @@ class Learner:
         guard: Guard | None = None,
         *,
         loss: Loss = cross_entropy,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         self.name = name
         self.stage = stage
@@ -73,8 +75,6 @@ class Learner:
         self.guard = guard if guard is not None else Guard()
         self.loss = loss
         self.steps = 0
-        self._rng = Randomness(seed, name)
-        self._predict_rng = Randomness(seed, name, "evaluation")  # of its own, so that evaluation changes nothing
         self._pending: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._turn = Turn()
         if not isinstance(self.guard, Guard):
@@ -83,6 +83,10 @@ class Learner:
             raise ValueError(f"{name}: expected an optimizer over the stage's parameters, got {optimizer!r}")
         if optimizer is not None:
             _check_owned(name, stage, optimizer)
+        if seed is None:
+            seed = secrets.randbits(48) if self.guard.secret else 0
+        self._rng = Randomness(seed, name)
+        self._predict_rng = Randomness(seed, name, "evaluation")  # of its own, so that evaluation changes nothing
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the guarded activation as a fresh leaf that asks for a gradient; ``backward`` must follow."""
@@ -186,7 +190,7 @@ class Learner:
             modes = [(module, module.training) for module in self.stage.modules()]
             self.stage.eval()
             try:
-                return self.guard.activation(self._output(x)).detach()
+                return self.guard.prediction(self._output(x)).detach()
             finally:
                 for module, mode in modes:
                     module.training = mode
@@ -262,6 +266,13 @@ class Learner:
         self.steps = state["steps"]
         self._pending = None
         self._turn.void()
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned, but for the randomness, which goes on: no noise is drawn twice."""
+        now = self._rng.state_dict(), self._predict_rng.state_dict()
+        self.load_state_dict(state)
+        self._rng.load_state_dict(now[0])
+        self._predict_rng.load_state_dict(now[1])
 
     def _leaf(self, x: Tensor) -> Tensor:
         """Return ``x`` on the stage's device, as a leaf that asks for a gradient if and only if ``x`` does."""

@@ -159,8 +159,8 @@ def fit(
         if progress is not None:
             progress(done, epochs, history.losses[-1], history.scores[-1] if history.scores else None)
     if best is not None:
-        for name, holder in holders.items():
-            holder.load_state_dict(best[name])
+        for name, holder in holders.items():  # a party's randomness goes on: noise that was sent is not sent again
+            getattr(holder, "put_back", holder.load_state_dict)(best[name])
     return history
 
 

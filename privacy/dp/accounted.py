@@ -3,9 +3,8 @@
 import copy
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
@@ -17,6 +16,7 @@ from splitlearn import Batches, Guard, Guards, Kind
 __all__ = ["Accounted"]
 
 GUARDED = (Kind.ACTIVATION, Kind.GRADIENT, Kind.LABEL)  # what a guard is asked about
+BESIDE = (*GUARDED, Kind.LOSS)  # and what crosses beside it, in the clear
 
 
 class Accounted(Guard):
@@ -30,15 +30,16 @@ class Accounted(Guard):
     how samples pass: ``Batches``, a ``DataLoader`` that draws without replacement, or the number of rows in a pass, all
     of different samples. Rows are then counted, and every begun pass is a release. A pass that is broken off must be
     closed by ``new_pass()``; ``Batches`` tell by themselves where one begins. Without ``over`` every frame is a release
-    of one and the same sample. Under a client's adjacency every row of every frame is a release.
+    of one and the same sample, which may be in it once. Under a client's adjacency every row of every frame is a
+    release.
 
     ``crosses`` names the kinds that cross from this party, where the accounts bear on more than the mechanism covers:
     those without a mechanism are entered as crossing in the clear. What another party sends to the same observer, such
     as the gradients of a head in the U shape, is entered by that party's own guard, into the same account.
 
-    Predictions (no gradient) are not entered under a sample's adjacency, since the sample predicted is as a rule none
-    of those trained on; ``predicted`` counts their rows, each a release of its own sample. With ``predictions=True``
-    they are entered like all else. Under a client's adjacency they always are.
+    Predictions of a party (``Learner.predict``, and with it ``evaluate``) are entered like all else. With
+    ``predictions="of others"`` they are not, under a sample's adjacency: the caller says that no sample predicted is
+    among those that pass. ``predicted`` counts their rows, each a release of its own sample.
     """
 
     def __init__(
@@ -47,12 +48,15 @@ class Accounted(Guard):
         *accounts: Account,
         over: "Batches | DataLoader[Any] | int | None" = None,
         crosses: Collection[Kind] | None = None,
-        predictions: bool = False,
+        predictions: Literal["entered", "of others"] = "entered",
     ):
+        if predictions not in ("entered", "of others"):
+            raise ValueError(f"expected predictions='entered' or 'of others', got {predictions!r}")
         self.mechanism, self.accounts, self.predictions = mechanism, accounts, predictions
         self.rows = Counter[str]()
         self.passes = Counter[str]()
         self.predicted = 0
+        self._resumed: list[int] = []
         self._over = None if over is None else rows_in_a_pass(over)
         self._batches = over if isinstance(over, Batches) else None
         self._epoch = over.epoch if isinstance(over, Batches) else 0
@@ -60,9 +64,9 @@ class Accounted(Guard):
         self._clear: frozenset[Kind] = frozenset()
         if not self._releases:
             raise ValueError(f"expected a mechanism with a proof, got {mechanism!r}; ClippedGaussian is one")
-        if past := [kind for kind in crosses or () if kind not in GUARDED]:
+        if past := [kind for kind in crosses or () if kind not in BESIDE]:
             raise ValueError(
-                f"expected crosses=… among {', '.join(GUARDED)}, got {past[0]}: it crosses past every guard, so "
+                f"expected crosses=… among {', '.join(BESIDE)}, got {past[0]}: it crosses past every guard, so "
                 "that no account of this one can hold it"
             )
         if not accounts:
@@ -80,12 +84,18 @@ class Accounted(Guard):
         other = copy.copy(self)
         other.mechanism = copy.deepcopy(self.mechanism, memo)
         other.rows, other.passes = Counter(self.rows), Counter(self.passes)
+        other.new_pass()  # it may send any sample again
         return other
 
     def activation(self, z: Tensor) -> Tensor:
         """Return what the mechanism sends for ``z``; entered first."""
         self._enter(Kind.ACTIVATION, len(z))
         return self.mechanism.activation(z)
+
+    def prediction(self, z: Tensor) -> Tensor:
+        """Return what the mechanism sends for ``z``; entered first, unless it is of others."""
+        self._enter(Kind.ACTIVATION, len(z), predicted=self.predictions == "of others")
+        return self.mechanism.prediction(z)
 
     def gradient(self, g: Tensor, y: Tensor | None = None) -> Tensor:
         """Return what the mechanism sends for ``g``; entered first."""
@@ -100,6 +110,11 @@ class Accounted(Guard):
     def penalty(self, x: Tensor, z: Tensor) -> Tensor | None:
         """Return the mechanism's own penalty."""
         return self.mechanism.penalty(x, z)
+
+    @property
+    def secret(self) -> bool:
+        """As the mechanism's."""
+        return self.mechanism.secret
 
     @property
     def penalises(self) -> bool:
@@ -121,6 +136,7 @@ class Accounted(Guard):
         return {
             "mechanism": self.mechanism.state_dict(), "rows": dict(self.rows), "passes": dict(self.passes),
             "predicted": self.predicted,
+            "entered": [sum(account.releases.values()) for account in self.accounts],
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -128,13 +144,29 @@ class Accounted(Guard):
         self.mechanism.load_state_dict(state["mechanism"])
         self.rows, self.passes = Counter(state["rows"]), Counter(state["passes"])
         self.predicted = max(self.predicted, state["predicted"])  # a best state put back unsends nothing
+        self._resumed = list(state["entered"])
 
-    def _enter(self, kind: Kind, rows: int) -> None:
+    def _check_resumed(self) -> None:
+        """Raise ``ValueError`` where a resumed account has lost what this guard had entered."""
+        for account, entered in zip(self.accounts, self._resumed, strict=False):
+            if sum(account.releases.values()) < entered:
+                raise ValueError(
+                    f"expected the {entered} releases of {account.name} that were entered before, got "
+                    f"{sum(account.releases.values())}; resume with the budget too: state={{'budget': budget, …}}"
+                )
+        self._resumed = []
+
+    def _enter(self, kind: Kind, rows: int, *, predicted: bool = False) -> None:
         """Enter a frame of ``rows`` rows of one kind into every account that it bears on."""
         release = self._releases.get(kind, Clear() if kind in self._clear else None)
         if release is None or not rows:
             return
-        predicted = kind is Kind.ACTIVATION and not torch.is_grad_enabled() and not self.predictions
+        self._check_resumed()
+        if Kind.LOSS in self._clear:
+            for account in self.accounts:
+                if account.bears_on(Kind.LOSS):
+                    account.spend(Clear())
+            self._clear -= {Kind.LOSS}
         if self._batches is not None and self._batches.epoch != self._epoch:
             self.new_pass()
             self._epoch = self._batches.epoch
@@ -192,14 +224,13 @@ def rows_in_a_pass(over: "Batches | DataLoader[Any] | int") -> int:
             how = " with replacement" if getattr(sampler, "replacement", False) else ""
             raise ValueError(
                 f"expected a loader that draws each sample once a pass, got {type(sampler).__name__}{how}: a sample "
-                "may come twice, and its ε would be counted once; shuffle without replacement, or leave over=… out "
-                "(then every frame counts)"
+                "may come twice, and its ε would be counted once; shuffle without replacement"
             )
         whole = getattr(sampler, "data_source", ())
         if type(over.batch_sampler) is not BatchSampler or over.batch_sampler.sampler is not sampler:
             raise ValueError(
                 "expected a loader that makes batches of its own sampler, got batches made otherwise, in which a "
-                "sample may come twice; DataLoader(dataset, batch_size=…), or leave over=… out: then every frame counts"
+                "sample may come twice; use DataLoader(dataset, batch_size=…, shuffle=True)"
             )
         samples = len(sampler)
         if samples > len(whole):

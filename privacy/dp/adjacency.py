@@ -26,9 +26,9 @@ class Adjacency(StrEnum):
 
 BEARS_ON = {
     Adjacency.REPLACE_INPUT: {Kind.ACTIVATION, Kind.GRADIENT},
-    Adjacency.REPLACE_LABEL: {Kind.LABEL, Kind.GRADIENT},
-    Adjacency.REPLACE_SAMPLE: {Kind.ACTIVATION, Kind.GRADIENT, Kind.LABEL},
-    Adjacency.REPLACE_CLIENT: {Kind.ACTIVATION, Kind.GRADIENT, Kind.LABEL},
+    Adjacency.REPLACE_LABEL: {Kind.LABEL, Kind.GRADIENT, Kind.LOSS},
+    Adjacency.REPLACE_SAMPLE: {Kind.ACTIVATION, Kind.GRADIENT, Kind.LABEL, Kind.LOSS},
+    Adjacency.REPLACE_CLIENT: {Kind.ACTIVATION, Kind.GRADIENT, Kind.LABEL, Kind.LOSS},
     Adjacency.ADD_REMOVE_SAMPLE: {Kind.WEIGHTS},
     Adjacency.ADD_REMOVE_CLIENT: {Kind.WEIGHTS},
 }

@@ -5,6 +5,7 @@ that it was sent, in all epochs together? Releases of one account compose, whate
 labels, weights); two accounts never do, since they answer different questions.
 """
 
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -106,16 +107,17 @@ class Account:
             self.releases[release] += times
             self.slack += times * slack
 
-    def noise_for(self, make: Callable[[float], Release], *, releases: int) -> float:
+    def noise_for(self, make: Callable[[float], Release], *, releases: int, slack: float = 0.0) -> float:
         """Return the least noise with which ``releases`` of ``make(noise)`` fit into what is left of the budget.
 
-        Asked before training: ``account.noise_for(GaussianRelease, releases=epochs)``; see ``calibrate``.
+        Asked before training: ``account.noise_for(GaussianRelease, releases=epochs)``; see ``calibrate``. ``slack`` is
+        that of each release (``PoissonBatches.overflow``).
         """
         if not isfinite(self.budget.epsilon):
             raise ValueError("expected a budget with a finite ε to plan for, got an infinite one; Budget(epsilon=…)")
         return calibrate(
             make, epsilon=self.budget.epsilon, delta=self.budget.delta, releases=releases, beside=self.releases,
-            by=self.budget.by, slack=self.slack,
+            by=self.budget.by, slack=self.slack + releases * slack,
         )  # fmt: skip
 
     def check_shapers(self) -> None:
@@ -186,6 +188,7 @@ class Budget:
             raise ValueError(f"expected the accountant rdp, pld or prv, got {by!r}")
         self.epsilon, self.delta, self.by = float(epsilon), float(delta), by
         self.accounts: dict[tuple[str, str, str, str], Account] = {}
+        self._line = secrets.token_hex(8)  # tells an earlier state of this very budget from another run's
 
     def account(
         self,
@@ -246,13 +249,15 @@ class Budget:
             }
             for key, account in self.accounts.items()
         ]
-        return {"epsilon": self.epsilon, "delta": self.delta, "by": self.by, "accounts": accounts}
+        limit = {"epsilon": self.epsilon, "delta": self.delta, "by": self.by}
+        return {**limit, "line": self._line, "accounts": accounts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned; limit and accounts must be the same, or nothing is taken.
 
-        What these accounts have entered themselves is never unspent: of each release the greater count stays. So
-        ``fit`` may put back its best state, whose budget is that of then.
+        What these accounts have entered themselves is never unspent. Of an earlier state of this very budget the
+        greater count stays, so that ``fit`` may put back its best state. A checkpoint of another process is added to
+        what was entered in this one.
         """
         found = {tuple(one["key"]): one for one in state["accounts"]}
         if (state["epsilon"], state["delta"], state["by"]) != (self.epsilon, self.delta, self.by):
@@ -266,9 +271,16 @@ class Budget:
                 "before you resume"
             )
         for key, account in self.accounts.items():
-            spent = {getattr(made, name)(**fields): times for name, fields, times in found[key]["releases"]}
-            account.releases |= Counter(spent)
-            account.slack, account._allowance = max(account.slack, found[key]["slack"]), None
+            spent: Counter[Release] = Counter()
+            for name, fields, times in found[key]["releases"]:
+                spent[getattr(made, name)(**fields)] = times
+            slack = found[key]["slack"]
+            if state["line"] == self._line:
+                account.releases, account.slack = account.releases | spent, max(account.slack, slack)
+            else:
+                account.releases, account.slack = account.releases + spent, account.slack + slack
+            account._allowance = None
+        self._line = state["line"]
 
 
 def _listed(releases: Mapping[Release, int]) -> str:

@@ -32,8 +32,9 @@ class ClippedGaussian(Guard):
     training and an adaptive attack do, too. The noise is floating-point: its lowest bits, and the rounding of the
     clipped norm, are no part of the proof (Mironov 2012, "On significance of the least significant bits for
     differential privacy"). Nor is torch's generator, which no cryptographer made: it starts from the ``seed`` and the
-    name of its ``Learner``, and who knows both draws the same noise and takes it off again. Keep the seed secret
-    outside of experiments.
+    name of its ``Learner``, and who knows both draws the same noise and takes it off again. Give no seed outside of
+    experiments: it is then drawn by chance. In a loop of one's own the noise comes from torch's global generator, of
+    which the same holds.
     """
 
     clip: float
@@ -60,6 +61,11 @@ class ClippedGaussian(Guard):
         Bun & Steinke 2016 (arXiv:1605.02065), proposition 1.6.
         """
         return inf if self.noise_multiplier == 0 else 1 / (2 * self.noise_multiplier**2)
+
+    @property
+    def secret(self) -> bool:
+        """Yes: who knows the seed takes the noise off."""
+        return True
 
     @property
     def releases(self) -> dict[Kind, Release]:

@@ -21,8 +21,10 @@ class OnGradient(Guard):
     - Sensitivity: 2 · clip, in the unit of a row of the mean loss's gradient: 1/B of the sample's own in a batch of B.
     - Protects: what one returned row tells of the label behind it, from the party below: a client in vertical
       training, the server in the U shape.
-    - Does not protect: what the other rows tell. Each is shaped by the stage above, so that an ε for each sample holds
-      only where that stage is frozen or in the same account; else the unit is the whole client (``Budget.account``).
+    - Does not protect: the loss, where a remote owner reports it beside the gradient (name ``Kind.LOSS`` in
+      ``Accounted(crosses=…)``, which enters it as in the clear); nor what the other rows tell. Each is shaped by the
+      stage above, so that an ε for each sample holds only where that stage is frozen or in the same account; else the
+      unit is the whole client (``Budget.account``).
     """
 
     mechanism: Guard
@@ -32,6 +34,11 @@ class OnGradient(Guard):
             raise ValueError(
                 f"expected a mechanism for activations, got {self.mechanism!r}; such as ClippedGaussian(clip, noise)"
             )
+
+    @property
+    def secret(self) -> bool:
+        """As the mechanism's."""
+        return self.mechanism.secret
 
     @property
     def releases(self) -> dict[Kind, Release]:

@@ -45,6 +45,11 @@ class ClippedLaplace(Guard):
         return self.noise_multiplier * self.sensitivity
 
     @property
+    def secret(self) -> bool:
+        """Yes: who knows the seed takes the noise off."""
+        return True
+
+    @property
     def releases(self) -> dict[Kind, Release]:
         """What one crossing releases, by kind."""
         return {Kind.ACTIVATION: LaplaceRelease(self.noise_multiplier) if self.noise_multiplier else Clear()}

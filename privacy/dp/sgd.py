@@ -8,6 +8,7 @@ Several parties that train on the same Poisson batches clip each for itself: tha
 ``PoissonBatches``, which enters it.
 """
 
+import secrets
 from collections import deque
 from collections.abc import Mapping
 from math import isfinite
@@ -47,8 +48,10 @@ class PrivateLearner(Learner):
 
     Batch norm and whatever else mixes samples is refused: torch's layers when the party is made, others at its first
     step, by what one sample of that batch does. So are penalties. What is trainable is settled when the party is made.
-    Noise comes from the party's own generator, which is not cryptographic and starts from ``seed`` and name: keep the
-    seed secret outside of experiments. It is floating-point, whose lowest bits are no part of the proof (Mironov 2012).
+    Noise comes from the
+    party's own generator, which is not cryptographic and starts from ``seed`` and name: without a seed it is drawn by
+    chance, as it must be outside of experiments. It is floating-point, whose lowest bits are no part of the proof
+    (Mironov 2012).
     """
 
     trains_privately = True
@@ -65,7 +68,7 @@ class PrivateLearner(Learner):
         expected_batch_size: float,
         ghost: bool = False,
         loss: Loss | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         check_clip(clip, "L2")
         if not (isfinite(noise_multiplier) and noise_multiplier > 0 and expected_batch_size > 0):
@@ -77,6 +80,7 @@ class PrivateLearner(Learner):
             name, stage, optimizer, clip=clip, noise_multiplier=noise_multiplier,
             expected_batch_size=expected_batch_size, ghost=ghost,
         )  # fmt: skip
+        seed = secrets.randbits(48) if seed is None else seed
         super().__init__(
             name, stage, samples.optimizer, guard, loss=loss or PaddedCrossEntropy(expected_batch_size), seed=seed
         )  # fmt: skip
@@ -89,18 +93,18 @@ class PrivateLearner(Learner):
         self.expected_batch_size = float(expected_batch_size)
         self._samples = samples
         # Of the part that PoissonBatches has entered and handed out: is it a batch's last? Sessions share it.
-        self._allowed: deque[bool] = deque(maxlen=1)
+        self._allowed: deque[tuple[bool, int | None]] = deque(maxlen=1)
         self._passed: tuple[Tensor, Tensor] | None = None  # input and output of the stage in the open step
 
-    def allow(self, *, first: bool = True, last: bool) -> None:
-        """Let the next batch train this party: the ``first`` part of a Poisson batch, or the ``last``, or both.
+    def allow(self, *, first: bool = True, last: bool, rows: int | None = None) -> None:
+        """Let the next batch, of ``rows`` rows, train this party: the ``first`` part of a Poisson batch, the ``last``.
 
         At the last one the noised step is made. At the first one whatever is left of an unfinished batch is dropped:
         two batches under one draw of noise would count a sample twice that is in both.
         """
         if first:
             self._drop()
-        self._allowed.append(last)
+        self._allowed.append((last, rows))
 
     def replica(self, name: str) -> Self:
         """Refuse: a copy would release under noise of its own, which no account knows of."""
@@ -150,7 +154,12 @@ class PrivateLearner(Learner):
         self._samples.check_trained()
         assert self._passed is not None
         x, output = self._passed
-        last = self._allowed.popleft()
+        last, rows = self._allowed.popleft()
+        if rows is not None and len(output) != rows:
+            raise ValueError(
+                f"{self.name}: expected the {rows} rows that PoissonBatches handed out, got {len(output)}; train on "
+                "its batches as they come"
+            )
         # The gradient in the stage's own output: past the guard, or from the loss.
         (g,) = torch.autograd.grad(outputs, [output], gradients)
         self._samples.sum(x, output, g * self.expected_batch_size)  # each sample's own, not its share of the mean
