@@ -27,6 +27,7 @@ def audited_in_one_run(
     delta: float,
     seed: int,
     device: str,
+    confidence: float = 0.95,
 ) -> OneRun:
     """Return a lower bound on the ε of DP-SGD on both stages, from one training of its own.
 
@@ -65,7 +66,7 @@ def audited_in_one_run(
             start = after
             if made == steps:
                 break
-    return one_run_bound(scores, included, delta=delta)
+    return one_run_bound(scores, included, delta=delta, confidence=confidence)
 
 
 def _joined(client: PrivateLearner, server: PrivateLearner) -> dict[str, Tensor]:

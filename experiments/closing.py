@@ -36,14 +36,16 @@ def _table(title: str, points: Sequence[Point]) -> Table:
     phase = _phase(points)
     table = _empty(title, _caption(bool(front)))
     table.add_column("protection")
-    for heading in ("seeds", (metric or "utility").replace("_", " "), "worst leakage", "bytes", f"{phase} time"):
+    families = list(dict.fromkeys(family for point in points for family in point.families))
+    leaks = ["worst leakage"] if len(families) < 2 else [f"{family} leakage" for family in families]
+    for heading in ("seeds", (metric or "utility").replace("_", " "), *leaks, "bytes", f"{phase} time"):
         table.add_column(heading, justify="right", no_wrap=True)
     for point in points:
         table.add_row(
             escape(point.name) + (" *" if point in front else ""),
             str(len(point.seeds)),
             _spread(None if metric is None else point.utility(metric)),
-            _spread(point.worst),
+            *([_spread(point.worst)] if len(families) < 2 else [_spread(point.leakage(one)) for one in families]),
             _mean(point.nbytes(), count),
             _mean(point.seconds(phase), seconds),
         )

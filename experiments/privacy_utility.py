@@ -156,7 +156,12 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     leakage = _label_leakage(start, reached) if reached.label_attacks else []
     # The bottom is frozen where samples are noised one by one: what crosses now is as it was in training, noise anew.
     attacks = attack_victim(
-        config.attacks, trained, splits, trial.training, targets=config.targets, releases=reached.releases
+        config.attacks if mechanism.inverted else (),
+        trained,
+        splits,
+        trial.training,
+        targets=config.targets,
+        releases=reached.releases,
     )
     claimed = reached.claims[0] if reached.claims else None
     return Outcome(
@@ -221,6 +226,8 @@ def _notes(trial: Trial, reached: Reached, adjacency: object) -> list[str]:
     notes = [f"loss of the last epoch: {reached.trained.losses[-1]:.4f}", *reached.notes]
     if adjacency is not None:
         notes += [f"strength: ε at δ = {trial.config.delta:g}, to {adjacency}", f"audit: {reached.audit}"]
+        if reached.lower > reached.claims[0].epsilon:
+            notes.append(f"REFUTED: the audit finds ε above {reached.lower:.4g}, more than is claimed")
     return notes
 
 

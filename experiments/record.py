@@ -55,7 +55,7 @@ class Record(BaseModel):
     peak_memory_bytes: int = 0  # resident memory of the whole process at its highest, interpreter included
     epsilon: float | None = None  # of a mechanism with a proof; None where none is claimed
     delta: float | None = None  # that ε is claimed at
-    epsilon_lower: float | None = None  # what an audit bounds ε by from below, at 95 % confidence
+    epsilon_lower: float | None = None  # what an audit bounds ε by from below, at the confidence it says
     mse_bound: float | None = None  # least mean squared error of an unbiased attacker, by Fisher information
     accounts: list[str] = Field(default_factory=list)  # what was released, an account a line; never added up
     visible: dict[str, list[str]] = Field(default_factory=dict)  # observer -> what it saw, in plain words

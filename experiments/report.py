@@ -143,6 +143,10 @@ def _summary(points: Sequence[Point], failed: Sequence[Record]) -> list[tuple[st
     panels = marks(points, metric)
     if metric is None or not panels:
         told_by = "Nothing was attacked: the table of results holds what was measured."
+        if any(point.attacks for point in points):
+            told_by = (
+                "Each mechanism protects something else: the picture of ε and the tables compare them within that."
+            )
         return [("", [*lines, told_by] if points else lines)]
     told = {setting: list(_trade(members, metric.replace("_", " "))) for setting, members in panels.items()}
     if len(told) == 1:

@@ -75,6 +75,24 @@ class Point:
         return self.protection not in ("none", "")
 
     @property
+    def comparable(self) -> bool:
+        """Whether its leakage stands on the same axis as others': mechanisms with an ε protect different things."""
+        return not any(record.accounts for record in self.records)
+
+    def leakage(self, family: str) -> Spread | None:
+        """Return the largest advantage of any attack of a family in each trial, over the seeds."""
+        return Spread.of(
+            max(found)
+            for record in self.records
+            if (found := [leak.advantage for leak in record.leakage if leak.family == family])
+        )
+
+    @property
+    def families(self) -> list[str]:
+        """The families of attacks that were run."""
+        return list(dict.fromkeys(leak.family for record in self.records for leak in record.leakage))
+
+    @property
     def name(self) -> str:
         """Protection, strength and variant in a line."""
         parts = [self.protection if self.protected else "unprotected", self.strength]
@@ -170,9 +188,13 @@ def summarise(records: Iterable[Record]) -> list[Point]:
 
 
 def marks(points: Iterable[Point], metric: str | None) -> dict[Setting, list[Mark]]:
-    """Return, by setting, the points that have both a utility ``metric`` and a leakage."""
+    """Return, by setting, the points that have both a utility ``metric`` and a leakage.
+
+    None where some are not comparable: a front over mechanisms that protect different things would mislead.
+    """
     found: dict[Setting, list[Mark]] = {}
-    for point in points:
+    points = list(points)
+    for point in points if all(point.comparable for point in points) else ():
         utility, leakage = None if metric is None else point.utility(metric), point.worst
         if utility is not None and leakage is not None:
             found.setdefault(point.setting, []).append(Mark(point, utility, leakage))

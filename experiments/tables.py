@@ -50,13 +50,18 @@ def _results_table(points: Sequence[Point]) -> Table:
     attacked = any(point.worst for point in points)
     proved = any(_epsilon(point) for point in points)
     columns = [*_heads(points), "seeds", *(metric.replace("_", " ") for metric in first)]
-    columns += ["worst leakage", "by"] if attacked else []
+    families = list(dict.fromkeys(family for point in points for family in point.families))
+    mixed = len(families) > 1  # one worst of all would set labels against inputs
+    columns += [f"{family} leakage" for family in families] if mixed else ["worst leakage", "by"] if attacked else []
     columns += ["ε", "ε at least"] if proved else []
     columns += [metric.replace("_", " ") for metric in further]
     rows = []
     for point in points:
         row = [*_head(point, points), str(len(point.seeds)), *(spread(point.utility(metric)) for metric in first)]
-        row += [spread(point.worst), point.attacks[0] if point.attacks else "—"] if attacked else []
+        if mixed:
+            row += [spread(point.leakage(family)) for family in families]
+        elif attacked:
+            row += [spread(point.worst), point.attacks[0] if point.attacks else "—"]
         row += [spread(_epsilon(point)), spread(point.claimed("epsilon_lower"))] if proved else []
         rows.append((*row, *(spread(point.utility(metric)) for metric in further)))
     strong = frozenset(number for number, point in enumerate(points) if point in front)

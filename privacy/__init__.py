@@ -7,13 +7,16 @@ from privacy.dp import (
     BudgetExceeded,
     ClippedGaussian,
     ClippedLaplace,
+    ForwardCrossEntropy,
     GaussianRelease,
     LaplaceRelease,
     OnGradient,
+    PaddedCrossEntropy,
     PoissonBatches,
     PrivateLearner,
     PrivateMean,
     RandomisedResponse,
+    UnbiasedCrossEntropy,
 )
 
 __all__ = [
@@ -23,11 +26,14 @@ __all__ = [
     "BudgetExceeded",
     "ClippedGaussian",
     "ClippedLaplace",
+    "ForwardCrossEntropy",
     "GaussianRelease",
     "LaplaceRelease",
     "OnGradient",
+    "PaddedCrossEntropy",
     "PoissonBatches",
     "PrivateLearner",
     "PrivateMean",
     "RandomisedResponse",
+    "UnbiasedCrossEntropy",
 ]

@@ -107,7 +107,7 @@ def fit(
     state: Mapping[str, Stateful] | None = None,
     validate: Callable[[], float] | None = None,
     patience: int | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
     progress: Progress | None = None,
 ) -> History:
     """Run ``epoch`` (an epoch or a round; returns its mean loss) ``epochs`` times and return what happened.
@@ -122,6 +122,7 @@ def fit(
     if epochs < 1:
         raise ValueError(f"expected at least one epoch, got {epochs}")
     holders = dict(state or {})
+    checkpoint = None if checkpoint is None else Path(checkpoint)
     if stateless := [name for name, holder in holders.items() if not hasattr(holder, "state_dict")]:
         raise ValueError(
             f"expected what has a state_dict in state=…, got {', '.join(stateless)} without one; pass the party "

@@ -479,6 +479,21 @@ def test_an_older_state_unspends_nothing() -> None:
     assert account.slack == 2e-9 + 3e-9
 
 
+def test_a_checkpoint_of_another_process_adds_to_what_was_entered_in_this_one() -> None:
+    before, after = _spent(), _opened()
+    account = after.account("server", "ann", "replace one sample", shaped_by=())
+    account.spend(LaplaceRelease(4.0), 3, slack=1e-13)
+    state = before.state_dict()
+    after.load_state_dict(state)
+    spent = before.account("server", "ann", "replace one sample", shaped_by=()).releases
+    assert account.releases == spent + Counter({LaplaceRelease(4.0): 3})
+    assert account.slack == pytest.approx(7e-13 + 3e-13)
+    once = Counter(account.releases)
+    after.load_state_dict(state)  # it is now an earlier state of this one
+    assert account.releases == once
+    assert after.state_dict()["line"] == state["line"]
+
+
 @pytest.mark.parametrize(
     ("other", "told"),
     [
@@ -509,7 +524,7 @@ def test_more_accounts_than_the_state_has_are_refused() -> None:
 class _Run:
     """A frozen bottom whose noised activations and answered labels train a top: one release of each kind an epoch."""
 
-    def __init__(self, limit: float, *, predictions: bool = False) -> None:
+    def __init__(self, limit: float, *, seed: int | None = 0) -> None:
         torch.manual_seed(1)
         self.budget = Budget(limit)
         bottom, top = nn.Linear(3, 4), nn.Linear(4, 2)
@@ -518,9 +533,9 @@ class _Run:
         self.account = self.budget.account("server", "ann", "replace one sample", shaped_by=[_still(bottom)])
         self.guard = Accounted(
             Guards(ClippedGaussian(1.0, 2.0), RandomisedResponse(1.0, 2)),
-            self.account, over=self.batches, predictions=predictions,
+            self.account, over=self.batches,
         )  # fmt: skip
-        self.client = Learner("client", bottom, None, self.guard)
+        self.client = Learner("client", bottom, None, self.guard, seed=seed)
         self.server = Learner("server", top, torch.optim.SGD(top.parameters(), 0.1))
         self.epoch = epochs_of(partial(vanilla, self.client, self.server), self.batches)
         self.state: dict[str, Any] = {
@@ -593,9 +608,46 @@ def test_the_best_state_put_back_does_not_bring_back_the_budget() -> None:
     assert run.account.releases == {GAUSSIAN: 6, ResponseRelease(1.0, 2): 6}
 
 
+@pytest.mark.parametrize("seed", [0, None])
+def test_no_noise_is_sent_again_once_the_best_state_is_back(seed: int | None) -> None:
+    run = _Run(50.0, seed=seed)
+    scores = iter([0.9, 0.1, 0.2])
+    noises: list[Tensor] = []
+
+    class Watched(ClippedGaussian):
+        def activation(self, z: Tensor) -> Tensor:
+            sent = super().activation(z)
+            noises.extend((sent - ClippedGaussian(self.clip, 0.0).activation(z)).detach())
+            return sent
+
+    run.guard.mechanism = Guards(Watched(1.0, 2.0), RandomisedResponse(1.0, 2))
+
+    def validate() -> float:
+        run.client.predict(run.batches.x)  # whose stream goes on, too
+        return next(scores)
+
+    fit(run.epoch, epochs=5, state=run.state, validate=validate, patience=2)
+    assert run.batches.epoch == 1  # the best is back: the same batches come, in the same order
+    run.epoch()
+    run.client.predict(run.batches.x)
+    assert len(noises) == 4 * (20 + 20)
+    far = torch.pdist(torch.stack(noises))
+    assert far.min() > 0.01  # rows of four entries of standard deviation 4
+
+
+def test_a_run_is_not_resumed_without_its_budget(tmp_path: Path) -> None:
+    first, second = _Run(50.0), _Run(50.0)
+    for run in (first, second):
+        del run.state["budget"]
+    fit(first.epoch, epochs=2, state=first.state, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"expected the 4 releases of ann.*got 0; resume with the budget too: state="):
+        fit(second.epoch, epochs=4, state=second.state, checkpoint=tmp_path / "run")
+    assert not second.account.releases
+
+
 def test_a_budget_that_ends_in_a_validation_ends_the_training(tmp_path: Path) -> None:
     # 20 predictions of the validation are entered as a pass, too: epochs 1 and 2 cost two Gaussians each.
-    run = _Run(_cost(3, labels=2) + 0.01, predictions=True)
+    run = _Run(_cost(3, labels=2) + 0.01)
 
     def validate() -> float:
         run.client.predict(run.batches.x)
@@ -611,9 +663,9 @@ def test_a_budget_that_ends_in_a_validation_ends_the_training(tmp_path: Path) ->
 def test_labels_alone_are_in_no_account_of_inputs() -> None:
     for adjacency, kinds in (
         ("replace one input", {Kind.ACTIVATION, Kind.GRADIENT}),
-        ("replace one label", {Kind.LABEL, Kind.GRADIENT}),
-        ("replace one sample", {Kind.ACTIVATION, Kind.GRADIENT, Kind.LABEL}),
-        ("replace one client's data", {Kind.ACTIVATION, Kind.GRADIENT, Kind.LABEL}),
+        ("replace one label", {Kind.LABEL, Kind.GRADIENT, Kind.LOSS}),
+        ("replace one sample", {Kind.ACTIVATION, Kind.GRADIENT, Kind.LABEL, Kind.LOSS}),
+        ("replace one client's data", {Kind.ACTIVATION, Kind.GRADIENT, Kind.LABEL, Kind.LOSS}),
         ("add or remove one sample", {Kind.WEIGHTS}),
         ("add or remove one client", {Kind.WEIGHTS}),
     ):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from math import exp, sqrt
-from typing import Any
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -38,7 +38,18 @@ from privacy.dp import (
     ResponseRelease,
     UnbiasedCrossEntropy,
 )
-from splitlearn import Batches, Encoder, Guard, Guards, Kind, Learner, load_checkpoint, save_checkpoint, vanilla
+from splitlearn import (
+    Batches,
+    Encoder,
+    Guard,
+    Guards,
+    Kind,
+    Learner,
+    evaluate,
+    load_checkpoint,
+    save_checkpoint,
+    vanilla,
+)
 from splitlearn.remote import wire
 
 GAUSSIAN = GaussianRelease(2.0)
@@ -369,7 +380,9 @@ def test_loaders_in_which_a_sample_may_come_twice_are_refused(make: Callable[[],
 
 def test_a_loaders_own_sampler_in_its_own_order_is_taken() -> None:
     own = DataLoader(range(9), batch_sampler=BatchSampler(SequentialSampler(range(9)), 4, False))
-    with pytest.raises(ValueError, match="leave over=… out: then every frame counts"):
+    with pytest.raises(
+        ValueError, match=r"got batches made otherwise.*use DataLoader\(dataset, batch_size=…, shuffle=True\)"
+    ):
         Accounted(MECHANISM, _account(), over=own)  # its own sampler cannot be told from another one
     assert Accounted(MECHANISM, _account(), over=_loader(9, sampler=SequentialSampler(range(9))))._over == 9
 
@@ -399,21 +412,37 @@ def test_each_account_is_entered_what_bears_on_it() -> None:
     assert accounts["replace one sample"].releases == {GAUSSIAN: 2, ANSWER: 2}
 
 
-def test_predictions_are_counted_and_not_entered() -> None:
-    account = _account()
-    guard = Accounted(MECHANISM, account, over=10)
-    learner = Learner("client", nn.Identity(), guard=guard)
-    learner.predict(torch.randn(7, 3))
-    learner.predict(torch.randn(5, 3))
-    assert guard.predicted == 12
-    assert not account.releases
-    learner.forward(torch.randn(7, 3))
-    assert account.releases == {GAUSSIAN: 1}
-    assert guard.predicted == 12
-    told = Accounted(MECHANISM, _account(), over=10, predictions=True)
-    Learner("client", nn.Identity(), guard=told).predict(torch.randn(7, 3))
-    assert told.accounts[0].releases == {GAUSSIAN: 1}
-    assert told.predicted == 0
+@pytest.mark.parametrize("around", [lambda guard: guard, lambda guard: Guards(Guard(), guard)])
+def test_predictions_are_entered_unless_they_are_of_others(around: Callable[[Guard], Guard]) -> None:
+    x, y = torch.randn(10, 3), torch.arange(10) % 3
+    guard = Accounted(MECHANISM, _account(), over=10)
+    learner = Learner("client", nn.Identity(), guard=around(guard))
+    learner.forward(x)
+    evaluate([learner], x, y)
+    assert guard.accounts[0].releases == {GAUSSIAN: 2}
+    assert guard.predicted == 0
+    others = Accounted(MECHANISM, _account(), over=10, predictions="of others")
+    learner = Learner("client", nn.Identity(), guard=around(others))
+    evaluate([learner], x, y, batch_size=4)
+    learner.predict(torch.randn(15, 3))  # of which a pass has no such number
+    assert others.predicted == 25
+    assert not others.accounts[0].releases
+    assert not others.rows
+    learner.forward(x)
+    assert others.accounts[0].releases == {GAUSSIAN: 1}
+    for wrong in (True, False, "others"):
+        with pytest.raises(ValueError, match="expected predictions='entered' or 'of others', got"):
+            Accounted(MECHANISM, _account(), predictions=cast(Any, wrong))
+
+
+@pytest.mark.parametrize("predictions", ["entered", "of others"])
+def test_a_frame_sent_under_no_grad_is_no_prediction(predictions: Literal["entered", "of others"]) -> None:
+    guard = Accounted(MECHANISM, _account(), over=10, predictions=predictions)
+    for _ in range(2):  # a frozen bottom may well be trained on like this
+        with torch.no_grad():
+            guard.activation(torch.randn(10, 3))
+    assert guard.accounts[0].releases == {GAUSSIAN: 2}
+    assert guard.predicted == 0
 
 
 def test_what_crosses_without_a_mechanism_crosses_in_the_clear() -> None:
@@ -434,6 +463,21 @@ def test_what_crosses_without_a_mechanism_crosses_in_the_clear() -> None:
     client = Accounted(MECHANISM, _account("replace one client's data"), crosses={Kind.ACTIVATION, Kind.LABEL})
     client.label(torch.arange(4))
     assert client.accounts[0].releases == {Clear(): 1}  # once says it all
+
+
+def test_a_loss_that_crosses_is_entered_once_where_it_bears() -> None:
+    accounts = [_account("replace one label"), _account("replace one sample"), _account()]
+    guard = Accounted(BOTH, *accounts, over=4, crosses={Kind.ACTIVATION, Kind.LABEL, Kind.LOSS})
+    for _ in range(3):
+        guard.activation(torch.randn(4, 2))
+        guard.label(torch.arange(4) % 3)
+    assert accounts[0].releases == {ANSWER: 3, Clear(): 1}
+    assert accounts[1].releases == {GAUSSIAN: 3, ANSWER: 3, Clear(): 1}
+    assert accounts[2].releases == {GAUSSIAN: 3}  # a loss tells nothing of an input whose label is public
+    limited = Accounted(BOTH, _account("replace one sample", limit=30.0), crosses=["activation", "label", "loss"])
+    for _ in range(2):  # it stays refused
+        with pytest.raises(BudgetExceeded, match="got ∞ with the next after no releases"):
+            limited.activation(torch.randn(4, 2))
 
 
 def test_without_noise_what_crosses_is_clear() -> None:
@@ -465,7 +509,12 @@ class _ByLabel(Guard):
         (RandomisedResponse(1.0, 3), "replace one sample", {}, "on which activations bear too"),
         (OnGradient(MECHANISM), "replace one label", {}, "on which labels bear too"),
         (MECHANISM, "replace one input", {"crosses": {Kind.WEIGHTS}}, "got weights: it crosses past every guard"),
-        (MECHANISM, "replace one input", {"crosses": {"loss"}}, "expected crosses=… among activation, gradient, label"),
+        (
+            MECHANISM,
+            "replace one input",
+            {"crosses": {"query"}},
+            "crosses=… among activation, gradient, label, loss, got",
+        ),
         (Guards(OnGradient(MECHANISM), _ByLabel()), "replace one input", {}, "nothing that sees the labels once"),
     ],
 )
@@ -532,17 +581,19 @@ def test_a_copy_enters_into_the_same_account() -> None:
     assert isinstance(replica.guard, Accounted)
     assert replica.guard.accounts == (account,)
     assert replica.guard.accounts[0] is account
-    replica.forward(torch.randn(3, 3))  # the rest of the pass that was begun
-    assert account.releases == {GAUSSIAN: 1}
+    replica.forward(torch.randn(3, 3))  # which may be the same samples: a pass of its own
+    assert account.releases == {GAUSSIAN: 2}
     replica.forward(torch.randn(3, 3))
     assert account.releases == {GAUSSIAN: 2}
+    replica.forward(torch.randn(3, 3))
+    assert account.releases == {GAUSSIAN: 3}
     learner.abandon()
     learner.forward(torch.randn(6, 3))  # whose own pass goes on where it was
-    assert account.releases == {GAUSSIAN: 3}
+    assert account.releases == {GAUSSIAN: 4}
     assert learner.guard.rows[Kind.ACTIVATION] == 9
     nested = copy.deepcopy(Guards(learner.guard, Guard()))
     nested.activation(torch.randn(6, 3))
-    assert account.releases == {GAUSSIAN: 4}
+    assert account.releases == {GAUSSIAN: 5}
 
 
 @pytest.mark.parametrize("around", [lambda guard: guard, lambda guard: Guards(Guard(), guard)])
@@ -561,23 +612,40 @@ def test_who_simulates_it_spends_nothing(around: Callable[[Guard], Guard]) -> No
 
 
 def test_a_checkpoint_carries_how_far_each_pass_is(tmp_path: Any) -> None:
-    first, second = (Accounted(BOTH, _account("replace one sample"), over=10) for _ in range(2))
+    first, second = (
+        Accounted(BOTH, _account("replace one sample"), over=10, predictions="of others") for _ in range(2)
+    )
     first.activation(torch.randn(7, 2))
     first.label(torch.zeros(4, dtype=torch.int64))
-    with torch.no_grad():
-        first.activation(torch.randn(6, 2))
+    first.prediction(torch.randn(6, 2))
     save_checkpoint(tmp_path / "guard", first.state_dict())
     second.load_state_dict(load_checkpoint(tmp_path / "guard"))
+    second.accounts[0].budget.load_state_dict(first.accounts[0].budget.state_dict())  # before the next frame
     assert second.rows == first.rows == {Kind.ACTIVATION: 7, Kind.LABEL: 4}
     assert second.passes == first.passes
     assert second.predicted == 6
     second.activation(torch.randn(3, 2))
-    assert not second.accounts[0].releases  # what was begun is in the budget's own state
+    assert second.accounts[0].releases == {GAUSSIAN: 1, ANSWER: 1}  # what was begun is in the budget's own state
     second.activation(torch.randn(1, 2))
-    assert second.accounts[0].releases == {GAUSSIAN: 1}
+    assert second.accounts[0].releases == {GAUSSIAN: 2, ANSWER: 1}
     older = Accounted(BOTH, _account("replace one sample"), over=10).state_dict()
     second.load_state_dict(older)
     assert second.predicted == 6  # they were sent, whatever state is put back
+
+
+def test_a_resumed_guard_whose_account_lost_its_releases_sends_nothing() -> None:
+    first, second = (Accounted(MECHANISM, _account(), over=10) for _ in range(2))
+    for _ in range(2):
+        first.activation(torch.randn(10, 2))
+    second.load_state_dict(first.state_dict())
+    told = r"expected the 2 releases of ann against server \(replace one input\).*got 0; resume with the budget too"
+    for send in (second.activation, second.prediction, second.activation):
+        with pytest.raises(ValueError, match=told):
+            send(torch.randn(10, 2))
+    assert not second.accounts[0].releases
+    second.accounts[0].budget.load_state_dict(first.accounts[0].budget.state_dict())
+    second.activation(torch.randn(10, 2))
+    assert second.accounts[0].releases == {GAUSSIAN: 3}
 
 
 def test_what_an_accounted_guard_shows() -> None:
@@ -608,9 +676,9 @@ def test_over_a_real_wire_all_that_crosses_is_noised_and_entered() -> None:
     across = wire(server)
     for x, y in batches:
         vanilla(client, across.party, x, y)
-    with torch.no_grad():
-        across.party.predict(client.predict(x))
     assert account.releases == {GAUSSIAN: 1, ANSWER: 1}
+    across.party.predict(client.predict(x))
+    assert account.releases == {GAUSSIAN: 2, ANSWER: 1}
     requests = [one.request.tensors for one in across.record.exchanges if one.request.verb == "learn"]
     assert len(requests) == 3
     batches.epoch = 0
@@ -646,13 +714,13 @@ def test_each_local_adjacency_has_a_mechanism_that_serves_it(adjacency: Adjacenc
     assert sum(guard.accounts[0].releases.values()) > 0
 
 
-def test_under_a_clients_adjacency_predictions_are_releases_too() -> None:
+@pytest.mark.parametrize("predictions", ["entered", "of others"])
+def test_under_a_clients_adjacency_predictions_are_releases_too(predictions: Literal["entered", "of others"]) -> None:
     account = _account("replace one client's data")
-    guard = Accounted(MECHANISM, account, over=10, crosses={Kind.ACTIVATION})
-    with torch.no_grad():
-        guard.activation(torch.rand(7, 3))
+    guard = Accounted(MECHANISM, account, over=10, crosses={Kind.ACTIVATION}, predictions=predictions)
+    guard.prediction(torch.rand(7, 3))
     assert account.releases[GAUSSIAN] == 7
-    assert guard.predicted == 7
+    assert guard.predicted == (7 if predictions == "of others" else 0)
 
 
 def test_batches_tell_where_a_pass_begins_even_where_one_was_broken_off() -> None:

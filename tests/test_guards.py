@@ -8,7 +8,8 @@ from torch import nn
 
 from defenses import NoPeek
 from privacy import ClippedGaussian
-from splitlearn import Guard, Learner
+from privacy.dp import Accounted, Budget, ClippedLaplace, OnGradient, RandomisedResponse
+from splitlearn import Guard, Guards, Learner
 from splitlearn.metrics import distance_correlation_squared
 
 
@@ -74,6 +75,24 @@ def test_the_noise_comes_from_the_learners_own_generator():
     assert not torch.equal(*predictions(0))
     assert all(map(torch.equal, predictions(0), predictions(0)))
     assert not torch.equal(predictions(0)[0], predictions(1)[0])
+
+
+def test_noise_has_a_secret_seed_unless_one_is_given():
+    def sent(guard, **seed):
+        learner = Learner("client", nn.Sequential(nn.Identity(), nn.Dropout(0.5)), guard=guard, **seed)
+        return learner.forward(torch.ones(8, 32)).detach(), learner.label(torch.zeros(64, dtype=torch.int64))
+
+    noise, answers = ClippedGaussian(1.0, 1.0), RandomisedResponse(1.0, 3)
+    secret = [
+        noise, ClippedLaplace(1.0, 1.0), OnGradient(noise), answers, Guards(Guard(), answers),
+        Accounted(noise, Budget().account("server", "ann", "replace one input", shaped_by=())),
+    ]  # fmt: skip
+    for guard in secret:
+        assert guard.secret
+        assert not all(map(torch.equal, sent(guard), sent(guard)))
+        assert all(map(torch.equal, sent(guard, seed=0), sent(guard, seed=0)))
+    for guard in (None, NoPeek(1.0), Guards(Guard(), NoPeek(1.0))):  # without noise it is 0, as ever
+        assert all(map(torch.equal, sent(guard), sent(guard, seed=0)))
 
 
 def test_zcdp_of_one_release():

@@ -611,6 +611,35 @@ def test_a_state_taken_in_the_middle_gives_the_bit_same_continuation() -> None:
     assert again.steps == client.steps == 6
 
 
+def test_a_state_that_is_put_back_leaves_the_randomness_where_it_is() -> None:
+    def party() -> Learner:
+        stage = mlp(dropout=0.5)
+        return Learner("client", stage, sgd(stage), Noise())
+
+    def step(learner: Learner) -> Tensor:
+        sent = learner.forward(X)
+        learner.backward(torch.ones_like(sent))
+        return torch.cat([sent.detach(), learner.predict(X)])
+
+    put_back, loaded = party(), party()
+    for learner in (put_back, loaded):
+        step(learner)
+    before = copy.deepcopy(put_back.state_dict())
+    second = step(put_back)
+    assert torch.equal(step(loaded), second)
+    now = copy.deepcopy(put_back.state_dict())
+    put_back.put_back(before)
+    assert put_back.steps == 1
+    assert same(put_back.weights(), before["stage"])
+    for stream in ("rng", "predict_rng"):
+        assert same({"cpu": put_back.state_dict()[stream]["cpu"]}, {"cpu": now[stream]["cpu"]})
+    loaded.load_state_dict(before)
+    assert torch.equal(step(loaded), second)
+    third = step(put_back)
+    assert not torch.equal(third[:6], second[:6])
+    assert not torch.equal(third[6:], second[6:])
+
+
 def test_a_loaded_state_stays_as_it_was() -> None:
     client, server = pair(mlp())
     vanilla(client, server, X, Y)

@@ -18,6 +18,10 @@ class Adjacency(StrEnum):
     REPLACE_CLIENT = "replace one client's data"
     ADD_REMOVE_CLIENT = "add or remove one client"
 
+    @classmethod
+    def _missing_(cls, value: object) -> "Adjacency | None":
+        raise ValueError(f"expected an adjacency among {', '.join(map(repr, map(str, cls)))}, got {value!r}")
+
     @property
     def unit(self) -> Literal["sample", "client"]:
         """Whose change is hidden: one sample's, or that of all samples of a client."""

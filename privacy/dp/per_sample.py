@@ -205,9 +205,11 @@ def _check_all_held(name: str, stage: nn.Module, optimizer: torch.optim.Optimize
 
 def _check_stage(name: str, stage: nn.Module) -> None:
     """Raise ``ValueError`` for layers that mix samples or keep what they saw of them."""
-    errors = load("opacus.validators").ModuleValidator.validate(stage, strict=False)
     # Opacus looks at layers with parameters alone.
-    errors += [f"BatchNorm {title!r} goes by the batch" for title, one in stage.named_modules() if mixes(one)]
+    errors: list[Any] = [
+        f"batch norm {title!r} goes by the batch: use group norm" for title, one in stage.named_modules() if mixes(one)
+    ]
+    errors += load("opacus.validators").ModuleValidator.validate(stage, strict=False)
     if errors:
         told = " ".join(str(errors[0]).split())
         raise ValueError(
