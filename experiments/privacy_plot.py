@@ -52,9 +52,10 @@ def privacy(records: Sequence[Record], path: Path) -> Path | None:
     for number, setting in enumerate(settings):
         own = list(grid.flat) if len(settings) == 1 else list(grid[:, number])
         members = [point for point in points if point.setting == setting]
+        asked = sorted({float(point.strength) for point in members if point in claimed})
         claims = [point.claimed("epsilon").mean for point in members if point in claimed]  # type: ignore[union-attr]
         for axes, (title, draw) in zip(own, panels, strict=False):
-            _epsilon_axis(axes, claims)
+            _epsilon_axis(axes, claims, asked)
             draw(axes, members, look)
             axes.set_ylabel(title)
         for axes in own[len(panels) :]:
@@ -70,9 +71,9 @@ def privacy(records: Sequence[Record], path: Path) -> Path | None:
     return written(figure, path)
 
 
-def _epsilon_axis(axes: Axes, claims: Sequence[float]) -> None:
+def _epsilon_axis(axes: Axes, claims: Sequence[float], asked: Sequence[float]) -> None:
     axes.set_xscale("log")
-    axes.set_xticks(sorted({float(f"{claim:.3g}") for claim in claims}))  # 3.9998 is 4 on an axis
+    axes.set_xticks(asked)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(min(claims) / REACH, max(claims) * 1.3)
@@ -129,8 +130,8 @@ def _labels(axes: Axes, members: Sequence[Point], look: Mapping[str, Style]) -> 
     _lines(axes, members, look, _label)
     axes.set_ylim(-0.05, 1.05)
     axes.text(
-        0.99, 0.03, "where a mechanism protects labels; all others send them as they are", transform=axes.transAxes,
-        ha="right", fontsize=8.5, color=NEUTRAL,
+        0.01, 0.93, "where a mechanism protects labels; all others send them as they are", transform=axes.transAxes,
+        fontsize=8.5, color=NEUTRAL,
     )  # fmt: skip
 
 
@@ -145,8 +146,8 @@ def _audit(axes: Axes, members: Sequence[Point], look: Mapping[str, Style]) -> N
                 markeredgecolor=style.colour, linestyle="none", zorder=5,
             )  # fmt: skip
     axes.text(
-        0.99, 0.03, "noise alone, by paired worlds; dpsgd: one run with canaries; hollow: nothing shown",
-        transform=axes.transAxes, ha="right", fontsize=8, color=NEUTRAL,
+        0.01, 0.83, "noise alone, by paired worlds; dpsgd: one run with canaries; hollow: nothing shown",
+        transform=axes.transAxes, fontsize=8, color=NEUTRAL,
     )  # fmt: skip
     low, high = axes.get_xlim()
     axes.plot([low, high], [low, high], color=NEUTRAL, linewidth=1.2, zorder=1)

@@ -54,6 +54,10 @@ class Features:
         """Return the learner's state; the features are not part of it."""
         return self.learner.state_dict()
 
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Have the learner take over an earlier state, but for its randomness, which goes on."""
+        self.learner.put_back(state)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
         self.learner.load_state_dict(state)

@@ -63,6 +63,10 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
 
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Take over an earlier state in the same run; what was sent since stays sent."""
+        self.load_state_dict(state)
+
 
 class Guards(Guard):
     """Several guards as one, applied in the order given; their penalties, each of the stage's own output, add up."""
@@ -128,3 +132,8 @@ class Guards(Guard):
             )
         for number, guard in enumerate(self.guards):
             guard.load_state_dict(state[str(number)])
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Have each guard take over its earlier state."""
+        for number, guard in enumerate(self.guards):
+            guard.put_back(state[str(number)])

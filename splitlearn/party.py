@@ -252,6 +252,17 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned; the next step is then bit for bit the same. Open steps are void."""
+        self._load_training(state)
+        self.guard.load_state_dict(state["guard"])
+        self._rng.load_state_dict(state["rng"])
+        self._predict_rng.load_state_dict(state["predict_rng"])
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned, but for the randomness, which goes on: no noise is drawn twice."""
+        self._load_training(state)
+        self.guard.put_back(state["guard"])
+
+    def _load_training(self, state: Mapping[str, Any]) -> None:
         if bool(state["optimizer"]) != (self.optimizer is not None):
             wanted, got = ("an", "none") if self.optimizer is not None else ("no", "one")
             raise ValueError(
@@ -260,19 +271,9 @@ class Learner:
         self.load_weights(state["stage"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.guard.load_state_dict(state["guard"])
-        self._rng.load_state_dict(state["rng"])
-        self._predict_rng.load_state_dict(state["predict_rng"])
         self.steps = state["steps"]
         self._pending = None
         self._turn.void()
-
-    def put_back(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned, but for the randomness, which goes on: no noise is drawn twice."""
-        now = self._rng.state_dict(), self._predict_rng.state_dict()
-        self.load_state_dict(state)
-        self._rng.load_state_dict(now[0])
-        self._predict_rng.load_state_dict(now[1])
 
     def _leaf(self, x: Tensor) -> Tensor:
         """Return ``x`` on the stage's device, as a leaf that asks for a gradient if and only if ``x`` does."""

@@ -41,6 +41,7 @@ from privacy.dp import (
 from splitlearn import (
     Batches,
     Encoder,
+    Features,
     Guard,
     Guards,
     Kind,
@@ -736,3 +737,35 @@ def test_batches_tell_where_a_pass_begins_even_where_one_was_broken_off() -> Non
         guard.activation(x)
         guard.activation(x)  # sent again: rows beyond those of a pass begin another one
     assert account.releases[GAUSSIAN] == 5
+
+
+def test_each_frame_of_predictions_is_a_release_of_its_own() -> None:
+    account = _account()
+    guard = Accounted(MECHANISM, account, over=20)
+    for _ in range(4):  # the same five, maybe
+        guard.prediction(torch.rand(5, 3))
+    assert account.releases[GAUSSIAN] == 4
+    guard.activation(torch.rand(8, 3))
+    guard.prediction(torch.rand(30, 3))  # a frame of more rows than pass is no sample twice
+    assert account.releases[GAUSSIAN] == 6
+
+
+def test_a_state_put_back_begins_a_new_pass_and_unsends_nothing() -> None:
+    account = _account()
+    guard = Accounted(MECHANISM, account, over=10)
+    guard.activation(torch.rand(7, 3))
+    state = guard.state_dict()
+    guard.activation(torch.rand(3, 3))
+    guard.put_back(state)
+    guard.activation(torch.rand(3, 3))  # may be among the first seven
+    assert account.releases[GAUSSIAN] == 2
+
+
+def test_holders_of_features_and_guards_go_on_drawing_when_put_back() -> None:
+    learner = Learner("client", nn.Identity(), guard=Guards(ClippedGaussian(1.0, 1.0)), seed=0)
+    holder = Features(learner, torch.zeros(4, 3))
+    state, ids = holder.state_dict(), torch.arange(4)
+    first = holder.forward(ids)
+    learner.abandon()
+    holder.put_back(state)
+    assert not torch.equal(holder.forward(ids), first)

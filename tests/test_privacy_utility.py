@@ -248,11 +248,13 @@ def test_a_mechanism_is_trained_attacked_and_timed(name: str) -> None:
     assert outcome.utility["accuracy_public"] > 0.8
     assert outcome.images == {}
     leaks = {leak.family: leak for leak in outcome.leakage}
-    assert leaks["reconstruction"].attack == "decoder"
+    inverted = name != "gradient"  # whose cut is another one than the others'
+    assert [leak.attack for leak in outcome.leakage if leak.family == "reconstruction"] == ["decoder"] * inverted
     assert ("label" in leaks) is (name in ("response", "gradient"))
-    assert set(outcome.seconds) == {"public", "train", "evaluate", "attack_decoder"}
+    assert set(outcome.seconds) == {"public", "train", "evaluate"} | ({"attack_decoder"} if inverted else set())
     assert outcome.visible["server"]
-    assert any("one release of each sample" in line for line in outcome.visible["attacker (decoder)"])
+    assert ("attacker (decoder)" in outcome.visible) is inverted
+    assert not inverted or any("one release of each" in line for line in outcome.visible["attacker (decoder)"])
     assert (outcome.mse_bound is not None) is (name in ("gaussian", "laplace"))
     assert outcome.mse_bound is None or outcome.mse_bound > 0
 
@@ -281,7 +283,7 @@ def test_labels_are_scored_beside_what_the_public_model_says() -> None:
 @pytest.mark.parametrize("name", list(MECHANISMS))
 def test_images_too(name: str) -> None:
     outcome = reached(name, "digits")
-    assert set(outcome.images) == {"original", "decoder"}
+    assert set(outcome.images) == (set() if name == "gradient" else {"original", "decoder"})
     assert outcome.epsilon is None or 0 <= outcome.epsilon_lower <= outcome.epsilon <= 4  # type: ignore[operator]
 
 

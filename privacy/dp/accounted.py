@@ -37,7 +37,7 @@ class Accounted(Guard):
     those without a mechanism are entered as crossing in the clear. What another party sends to the same observer, such
     as the gradients of a head in the U shape, is entered by that party's own guard, into the same account.
 
-    Predictions of a party (``Learner.predict``, and with it ``evaluate``) are entered like all else. With
+    Each frame of a party's predictions (``Learner.predict``, and with it ``evaluate``) is a release of its own. With
     ``predictions="of others"`` they are not, under a sample's adjacency: the caller says that no sample predicted is
     among those that pass. ``predicted`` counts their rows, each a release of its own sample.
     """
@@ -94,7 +94,7 @@ class Accounted(Guard):
 
     def prediction(self, z: Tensor) -> Tensor:
         """Return what the mechanism sends for ``z``; entered first, unless it is of others."""
-        self._enter(Kind.ACTIVATION, len(z), predicted=self.predictions == "of others")
+        self._enter(Kind.ACTIVATION, len(z), predicted=self.predictions)
         return self.mechanism.prediction(z)
 
     def gradient(self, g: Tensor, y: Tensor | None = None) -> Tensor:
@@ -146,6 +146,11 @@ class Accounted(Guard):
         self.predicted = max(self.predicted, state["predicted"])  # a best state put back unsends nothing
         self._resumed = list(state["entered"])
 
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Have the mechanism take over its earlier state; what was sent stays sent, and a new pass begins."""
+        self.mechanism.put_back(state["mechanism"])
+        self.new_pass()
+
     def _check_resumed(self) -> None:
         """Raise ``ValueError`` where a resumed account has lost what this guard had entered."""
         for account, entered in zip(self.accounts, self._resumed, strict=False):
@@ -156,7 +161,7 @@ class Accounted(Guard):
                 )
         self._resumed = []
 
-    def _enter(self, kind: Kind, rows: int, *, predicted: bool = False) -> None:
+    def _enter(self, kind: Kind, rows: int, *, predicted: str | None = None) -> None:
         """Enter a frame of ``rows`` rows of one kind into every account that it bears on."""
         release = self._releases.get(kind, Clear() if kind in self._clear else None)
         if release is None or not rows:
@@ -170,18 +175,22 @@ class Accounted(Guard):
         if self._batches is not None and self._batches.epoch != self._epoch:
             self.new_pass()
             self._epoch = self._batches.epoch
-        passes = self.passes[kind] if predicted else self._passes_with(kind, rows)
+        if predicted is None:
+            passes = self._passes_with(kind, rows)
+            times = passes - self.passes[kind]
+        else:  # a prediction is no part of a pass: a release of its own, or of others
+            times = 1 if predicted == "entered" else 0
         for account in self.accounts:
             if account.bears_on(kind):
-                times = rows if account.adjacency.unit == "client" else passes - self.passes[kind]
+                count = rows if account.adjacency.unit == "client" else times
                 # Where one of several accounts is exhausted, those before it have entered what is not sent: too much
                 # is entered then, never too little.
-                account.spend(release, min(times, 1) if isinstance(release, Clear) else times)
-        if predicted:
-            self.predicted += rows
-        else:
+                account.spend(release, min(count, 1) if isinstance(release, Clear) else count)
+        if predicted is None:
             self.rows[kind] += rows
             self.passes[kind] = passes
+        elif predicted == "of others":
+            self.predicted += rows
 
     def _passes_with(self, kind: Kind, rows: int) -> int:
         """Return how many passes will have begun once ``rows`` more rows have crossed."""

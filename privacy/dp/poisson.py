@@ -222,6 +222,9 @@ class PoissonBatches:
         """Take over what ``state_dict`` returned."""
         self.epoch, self.made, self.seed, self._resumed = state["epoch"], state["made"], state["seed"], state["entered"]
 
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Go on: the draws of an earlier epoch under new noise would not be new draws, and steps made stay made."""
+
     def _check_accounts(self) -> None:
         """Raise ``ValueError`` where an account does not hold, or one that these steps belong into is left out."""
         for account in self.accounts:

@@ -127,9 +127,9 @@ class PrivateLearner(Learner):
             )
         return super().state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned; a Poisson batch that was under way is void."""
-        super().load_state_dict(state)
+    def _load_training(self, state: Mapping[str, Any]) -> None:
+        """Take over the training state; a Poisson batch that was under way is void."""
+        super()._load_training(state)
         self._drop()
         self._forget()
 
