@@ -130,7 +130,7 @@ def _labels(axes: Axes, members: Sequence[Point], look: Mapping[str, Style]) -> 
     _lines(axes, members, look, _label)
     axes.set_ylim(-0.05, 1.05)
     axes.text(
-        0.01, 0.93, "where a mechanism protects labels; all others send them as they are", transform=axes.transAxes,
+        0.01, 0.55, "where a mechanism protects labels; all others send them as they are", transform=axes.transAxes,
         fontsize=8.5, color=NEUTRAL,
     )  # fmt: skip
 
