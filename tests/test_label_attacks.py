@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks import SentLabels
-from privacy.dp import RandomisedResponse
-from splitlearn import Kind, Learner, Threat, View, observe, vanilla, wire
+from attacks import GradientMatching, SentLabels
+from privacy.dp import ClippedGaussian, OnGradient, RandomisedResponse
+from splitlearn import Guard, Kind, Learner, Threat, View, observe, u_shaped, vanilla, wire
 
 CLASSES = 10
 LABELS = Kind.LABEL
@@ -178,3 +178,64 @@ def test_what_it_cannot_read_is_refused(
 def test_an_epsilon_that_is_none_is_refused(epsilon: float) -> None:
     with pytest.raises(ValueError, match="expected an ε of 0 or more"):
         SentLabels(CLASSES, epsilon)
+
+
+# Gradient matching in the U shape
+
+
+def u_shape_view(guard: Guard, *, passes: int = 1) -> tuple[View, nn.Module, Tensor, Tensor]:
+    """Return what the server saw of a U-shaped training of 60 samples, the head, the true labels and the inputs."""
+    torch.manual_seed(3)
+    x, y = torch.rand(60, 6), torch.randint(0, 5, (60,))
+    bottom, middle, head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+    client = Learner("client", bottom)
+    server = Learner("server", middle, torch.optim.SGD(middle.parameters(), 0.1))
+    line = wire(server)
+    top = Learner("head", head, None, guard, seed=1)
+    for _ in range(passes):
+        for rows in torch.arange(60).split(20):
+            u_shaped(client, line.party, top, x[rows], y[rows])
+    return observe(line.record, threat=Threat("server")), head, y, x
+
+
+def test_matching_reads_every_label_off_a_gradient_without_noise() -> None:
+    view, head, y, _ = u_shape_view(Guard())
+    assert torch.equal(GradientMatching(head, 5, 60)(view), y)
+    clip = 0.001  # below every row's norm: directions alone are left, and they tell
+    view, head, y, _ = u_shape_view(OnGradient(ClippedGaussian(clip, 0.0)))
+    assert torch.equal(GradientMatching(head, 5, 60, clip)(view), y)
+
+
+def test_matching_falls_to_chance_where_noise_drowns_the_gradient() -> None:
+    view, head, y, _ = u_shape_view(OnGradient(ClippedGaussian(0.01, 1e4)))
+    right = (GradientMatching(head, 5, 60, 0.01)(view) == y).double().mean().item()
+    assert right < 0.2 + 4 * (0.2 * 0.8 / 60) ** 0.5  # one in five, and four standard errors
+
+
+def test_matching_takes_the_passes_of_a_sample_together() -> None:
+    noise = ClippedGaussian(0.01, 0.7)
+    scores = []
+    for passes in (1, 12):
+        view, head, y, _ = u_shape_view(OnGradient(noise), passes=passes)
+        scores.append((GradientMatching(head, 5, 60, 0.01)(view) == y).double().mean().item())
+    assert scores[1] > scores[0] + 0.2
+
+
+def test_matching_weighs_a_prior_by_the_noise() -> None:
+    noise = ClippedGaussian(0.01, 1e4)
+    view, head, y, _ = u_shape_view(OnGradient(noise))
+
+    def knows(z: Tensor) -> Tensor:
+        return 10.0 * torch.nn.functional.one_hot(y, 5)
+
+    assert torch.equal(GradientMatching(head, 5, 60, 0.01, std=noise.std, prior=knows)(view), y)
+    with pytest.raises(ValueError, match="expected std above 0 with a prior, got None"):
+        GradientMatching(head, 5, 60, prior=knows)
+
+
+def test_matching_without_a_u_shape_says_so() -> None:
+    learner = Learner("server", nn.Linear(3, 2))
+    line = wire(learner)
+    line.party.predict(torch.rand(2, 3))
+    with pytest.raises(LookupError, match="forward and backward requests of a U shape"):
+        GradientMatching(nn.Linear(3, 2), 2, 2)(observe(line.record, threat=Threat("server")))

@@ -108,8 +108,8 @@ def calibrate(
         low, high = high, 2 * high
         if high > 1e7:
             raise ValueError(
-                f"expected a noise that meets ε={epsilon:g}, δ={delta:g} over {releases} releases, got none up to 1e7: "
-                "what was spent before leaves nothing; raise the budget"
+                f"expected a noise that meets ε={epsilon:g}, δ={delta:g} over {releases} releases, got none up to 1e7; "
+                f"{'what was spent before leaves nothing: ' if beside else ''}raise the budget, or release less often"
             )
     while low >= high:
         low = low / 2

@@ -48,7 +48,9 @@ class RandomisedResponse(Guard):
 
     def label(self, y: Tensor) -> Tensor:
         """Return an answer for each label of ``y`` (whole numbers from 0 to classes − 1), drawn anew."""
-        if y.is_floating_point() or (len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.classes):
+        if y.is_floating_point():
+            raise ValueError(f"expected whole labels from 0 to {self.classes - 1} to randomise, got {y.dtype}")
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.classes:
             raise ValueError(
                 f"expected whole labels from 0 to {self.classes - 1} to randomise, got {y.dtype} from "
                 f"{y.min().item()} to {y.max().item()}; RandomisedResponse(classes=…) is their number"
