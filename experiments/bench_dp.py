@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from experiments.planted import CASES, DELTA
+from experiments.timing import median_ratio, paired_seconds
 from privacy.dp import ClippedGaussian, GaussianRelease, PaddedCrossEntropy, PrivateLearner, calibrate
 from privacy.dp.audit import audit_guard
 from splitlearn.cut import cut
@@ -41,20 +42,8 @@ def dp_overhead(*, rounds: int = 150) -> dict[str, Any]:
         "joint_step": _step(model, ("client", "server"), False),
         "joint_ghost_step": _step(model, ("client", "server"), True),
     }
-    for step in steps.values():
-        step(), step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for number in range(rounds):
-        turn = number % len(order)
-        for name in order[turn:] + order[:turn]:
-            start = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - start)
-    ratios = {
-        f"{name}_ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))
-        for name in order[1:]
-    }
+    seconds = paired_seconds(steps, rounds)
+    ratios = {f"{name}_ratio": median_ratio(seconds[name], seconds["plain"]) for name in steps if name != "plain"}
     return {
         **ratios,
         "plain_step_ms": 1000 * statistics.median(seconds["plain"]),

@@ -2,8 +2,6 @@
 
 import copy
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import safetensors.torch
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from experiments.timing import Step, median_ratio, paired_seconds
 from splitlearn.cut import cut
 from splitlearn.frames import Message, encode
 from splitlearn.models import digits_cnn, resnet18
@@ -21,8 +20,6 @@ from splitlearn.service import Service
 from splitlearn.wire import Framed, serve
 
 __all__ = ["split_overhead"]
-
-Step = Callable[[], object]
 
 
 def split_overhead(*, digits_rounds: int = 400, resnet_rounds: int = 8) -> dict[str, Any]:
@@ -56,23 +53,11 @@ def _ratios(model: nn.Sequential, at: str, x: Tensor, rounds: int) -> dict[str, 
         "bare": _bare(copy.deepcopy(model), at, x, y),
         "split": _split(copy.deepcopy(model), at, x, y),
     }
-    for step in steps.values():  # warm up
-        step(), step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for number in range(rounds):
-        for name in order[number % 3 :] + order[: number % 3]:  # no step always follows the same one
-            start = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - start)
-
-    def ratio(over: str, under: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
-
+    seconds = paired_seconds(steps, rounds)
     return {
-        "split_over_unsplit": ratio("split", "unsplit"),
-        "split_over_bare": ratio("split", "bare"),
-        "bare_over_unsplit": ratio("bare", "unsplit"),
+        "split_over_unsplit": median_ratio(seconds["split"], seconds["unsplit"]),
+        "split_over_bare": median_ratio(seconds["split"], seconds["bare"]),
+        "bare_over_unsplit": median_ratio(seconds["bare"], seconds["unsplit"]),
         "unsplit_ms": 1000 * statistics.median(seconds["unsplit"]),
     }
 

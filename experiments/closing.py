@@ -8,7 +8,7 @@ from rich.table import Table
 
 from experiments.figures import count, seconds
 from experiments.record import Record
-from experiments.summary import Point, Spread, summarise, utility_metric
+from experiments.summary import Point, Spread, families, summarise, utility_metric
 from experiments.tables import front_of, utility_columns
 
 __all__ = ["closing_tables"]
@@ -36,8 +36,8 @@ def _table(title: str, points: Sequence[Point]) -> Table:
     phase = _phase(points)
     table = _empty(title, _caption(bool(front)))
     table.add_column("protection")
-    families = list(dict.fromkeys(family for point in points for family in point.families))
-    leaks = ["worst leakage"] if len(families) < 2 else [f"{family} leakage" for family in families]
+    attacked = families(points)
+    leaks = ["worst leakage"] if len(attacked) < 2 else [f"{family} leakage" for family in attacked]
     for heading in ("seeds", (metric or "utility").replace("_", " "), *leaks, "bytes", f"{phase} time"):
         table.add_column(heading, justify="right", no_wrap=True)
     for point in points:
@@ -45,7 +45,7 @@ def _table(title: str, points: Sequence[Point]) -> Table:
             escape(point.name) + (" *" if point in front else ""),
             str(len(point.seeds)),
             _spread(None if metric is None else point.utility(metric)),
-            *([_spread(point.worst)] if len(families) < 2 else [_spread(point.leakage(one)) for one in families]),
+            *([_spread(point.worst)] if len(attacked) < 2 else [_spread(point.leakage(one)) for one in attacked]),
             _mean(point.nbytes(), count),
             _mean(point.seconds(phase), seconds),
         )

@@ -45,7 +45,7 @@ from privacy.dp import (
     RandomisedResponse,
     calibrate,
 )
-from privacy.dp.audit import audit_guard
+from privacy.dp.audit import Bound, audit_guard
 from splitlearn.data import partition
 from splitlearn.federation import Member, splitfed_v1_round
 from splitlearn.frames import Kind
@@ -91,6 +91,7 @@ class Mechanism:
     adjacency: Adjacency | None
     run: Callable[[Start], Reached]
     settings: tuple[str, ...] = ()
+    protocol: str = "vanilla"
     inverted: bool = True  # whether the attacks on activations are of interest: at the same cut as the others
 
 
@@ -116,14 +117,11 @@ def response(start: Start) -> Reached:
     budget = Budget(start.epsilon, start.delta)
     account = budget.account(SERVER, CLIENT, Adjacency.REPLACE_LABEL, shaped_by=())
     account.spend(mechanism.release)
-    generator_seed = start.training.seed
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator_seed + 5)
+        torch.manual_seed(start.training.seed + 5)
         sent = mechanism.label(start.splits.private.y)
-    watch = Budget(delta=start.delta)
     once = replace(start, passes=1)  # one answer each, however often it is sent
     trained, order = over_the_cut(once, Guard(), sent, ForwardCrossEntropy(mechanism))
-    watch.account(SERVER, CLIENT, Adjacency.REPLACE_INPUT, shaped_by=()).spend(Clear())
     zero, one = torch.tensor(0), torch.tensor(1)
     bound = audit_guard(mechanism, zero, one, delta=start.delta, draws=start.audit_draws, confidence=CONFIDENCE)
     _, top = start.halves()
@@ -132,7 +130,8 @@ def response(start: Start) -> Reached:
         "answers_and_model": SentLabels(mechanism.classes, start.epsilon, top),
     }
     return Reached(
-        trained, [*budget.claims(), *watch.claims()], bound.lower, f"one answer, {bound.draws} draws a world",
+        trained, [*budget.claims(), _in_the_clear(start, Adjacency.REPLACE_INPUT)], bound.lower,
+        f"one answer, {bound.draws} draws a world",
         label_attack="sent_labels", label_attacks=attacks, true_y=start.splits.private.y[order], blind=top,
     )  # fmt: skip
 
@@ -144,7 +143,7 @@ def gradient(start: Start) -> Reached:
     middle.requires_grad_(True)
     x, y = start.public, start.public_y
     clip = _gradient_norm(nn.Sequential(bottom, middle), head, x, y) * len(x) / training.batch_size
-    budget, watch = Budget(start.epsilon, start.delta), Budget(delta=start.delta)
+    budget = Budget(start.epsilon, start.delta)
     account = budget.account(SERVER, CLIENT, Adjacency.REPLACE_LABEL, shaped_by=[head, bottom])
     noise = account.noise_for(GaussianRelease, releases=training.epochs)
     guard = ClippedGaussian(clip, noise)
@@ -162,12 +161,7 @@ def gradient(start: Start) -> Reached:
         return u_shaped(client, line.party, top, private.x[ids], private.y[ids])
 
     losses = fit(epochs_of(step, batches), epochs=training.epochs).losses
-    watch.account(SERVER, CLIENT, Adjacency.REPLACE_INPUT, shaped_by=()).spend(Clear())
-    far = torch.zeros(4)
-    far[0] = 2 * clip
-    bound = audit_guard(
-        guard, -far, far, delta=start.delta, releases=training.epochs, draws=start.audit_draws, confidence=CONFIDENCE
-    )
+    bound = _audit_of_noise(start, guard, training.epochs)
     public = nn.Sequential(*u_shape(start)[1:])
     matching = GradientMatching(head, private.num_classes, len(private), clip)
     visible = {SERVER: list(UNLABELLED), CLIENT: ["everything but the server's weights"]}
@@ -176,7 +170,7 @@ def gradient(start: Start) -> Reached:
         private.x, private.y, Encoder(bottom), line.record,
     )  # fmt: skip
     return Reached(
-        trained, [*budget.claims(), *watch.claims()], bound.lower,
+        trained, [*budget.claims(), _in_the_clear(start, Adjacency.REPLACE_INPUT)], bound.lower,
         f"{training.epochs} releases of either end of the ball, {bound.draws} draws a world",
         label_attack="matching",
         label_attacks={"matching": matching, "matching_and_model": replace(matching, std=guard.std, prior=public)},
@@ -195,8 +189,6 @@ def private_sgd(start: Start) -> Reached:
     line = wire(server, max_nbytes=1 << 34)
     epoch = epochs_of(lambda x, y: _forgetting(line, vanilla(client, line.party, x, y)), batches)
     done = fit(epoch, epochs=-(-sgd.steps // round(1 / sgd.rate)))  # or as many steps as the budget allows
-    watch = Budget(delta=start.delta)
-    watch.account(SERVER, CLIENT, Adjacency.REPLACE_SAMPLE, shaped_by=()).spend(Clear())
     bound = audited_in_one_run(
         lambda x, y: _private_parties(start, noise, Budget(delta=start.delta), x, y),
         nn.Sequential(*start.halves()), start.splits, sgd.steps,
@@ -207,7 +199,7 @@ def private_sgd(start: Start) -> Reached:
         start, client, line, done.losses, Encoder(client.stage), {USERS: ["the weights, once trained"]}
     )
     return Reached(
-        trained, [*budget.claims(), *watch.claims()], bound.lower,
+        trained, [*budget.claims(), _in_the_clear(start, Adjacency.REPLACE_SAMPLE)], bound.lower,
         f"one run, {bound.canaries} canaries, {bound.correct} of {bound.guesses} guesses right",
         notes=[f"DP-SGD: noise multiplier {noise:.4g} on both stages as one, batches of {batches.capacity} rows"],
     )  # fmt: skip
@@ -243,18 +235,12 @@ def user_level(start: Start) -> Reached:
         losses = fit(round_, epochs=start.rounds).losses
     members[0].learner.load_weights(fed.weights())
     sessions[members[0].name].load_weights(server.weights())
-    watch = Budget(delta=start.delta)
-    watch.account(SERVER, CLIENT, Adjacency.REPLACE_SAMPLE, shaped_by=()).spend(Clear())
     trained = trained_over(start, members[0].learner, lines[0], losses, Encoder(fed.stage), {"fed server": list(FED)})
     trained = replace(trained, nbytes=counted([*meters, *(line.meter for line in lines)]))
     release = ClippedGaussian(start.sgd.clip / 2, noise)  # the same noise, over the same distance
-    ends = torch.zeros(2, 4)
-    ends[:, 0] = torch.tensor([-1.0, 1.0]) * start.sgd.clip
-    bound = audit_guard(
-        release, *ends, delta=start.delta, releases=2 * start.rounds, draws=start.audit_draws, confidence=CONFIDENCE
-    )
+    bound = _audit_of_noise(start, release, 2 * start.rounds)
     return Reached(
-        trained, [*budget.claims(), *watch.claims()], bound.lower,
+        trained, [*budget.claims(), _in_the_clear(start, Adjacency.REPLACE_SAMPLE)], bound.lower,
         f"Gaussian noise as of its {2 * start.rounds} averages, {bound.draws} draws a world",
         notes=[f"{len(shares)} clients, {start.rounds} rounds, noise multiplier {noise:.4g} for each average"],
     )  # fmt: skip
@@ -274,7 +260,7 @@ MECHANISMS: dict[str, Mechanism] = {
     ),
     "gradient": Mechanism(
         "U shape: Gaussian noise on the clipped gradient that the head returns", Adjacency.REPLACE_LABEL, gradient,
-        ("audit_draws",), inverted=False,
+        ("audit_draws",), "u_shaped", inverted=False,
     ),
     "response": Mechanism(
         "randomised response on labels, debiased loss", Adjacency.REPLACE_LABEL, response, ("audit_draws",)
@@ -285,9 +271,25 @@ MECHANISMS: dict[str, Mechanism] = {
     ),
     "user_level": Mechanism(
         "SplitFed V1 whose averages hide whole clients", Adjacency.ADD_REMOVE_CLIENT, user_level,
-        ("clip", "rounds", "audit_draws"),
+        ("clip", "rounds", "audit_draws"), "splitfed_v1",
     ),
 }  # fmt: skip
+
+
+def _in_the_clear(start: Start, adjacency: Adjacency) -> Claim:
+    """Return what the server's account comes to of what a mechanism lets cross as it is."""
+    account = Budget(delta=start.delta).account(SERVER, CLIENT, adjacency, shaped_by=())
+    account.spend(Clear())
+    return account.claim()
+
+
+def _audit_of_noise(start: Start, guard: ClippedGaussian | ClippedLaplace, releases: int, width: int = 4) -> Bound:
+    """Audit so many releases of a guard's noise, the sample being at either end of the ball that it clips to."""
+    far = torch.zeros(width)
+    far[0] = 2 * guard.clip
+    return audit_guard(
+        guard, -far, far, delta=start.delta, releases=releases, draws=start.audit_draws, confidence=CONFIDENCE
+    )
 
 
 def _gradient_norm(below: nn.Module, head: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -319,12 +321,7 @@ def _noised(
         predictions="of others",
     )  # fmt: skip
     trained, _ = over_the_cut(start, entered, private.y, centre=public.mean(0))
-    far = torch.zeros_like(public[0]).flatten()
-    far[0] = 2 * clip
-    far = far.reshape(public[0].shape)
-    bound = audit_guard(
-        guard, -far, far, delta=start.delta, releases=start.passes, draws=start.audit_draws, confidence=CONFIDENCE
-    )
+    bound = _audit_of_noise(start, guard, start.passes, public[0].numel())
     return Reached(
         trained, [*budget.claims(), *watch.claims()], bound.lower,
         f"{start.passes} releases of either end of the ball, {bound.draws} draws a world", start.passes, guard,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import ATTACKS
@@ -24,6 +23,7 @@ from privacy.dp import dfil_of, mse_bound
 from splitlearn.cut import cut, layer_names
 from splitlearn.data import DATASETS, Splits
 from splitlearn.metrics import accuracy, accuracy_advantage
+from splitlearn.party import Learner
 from splitlearn.threat import Threat, observe
 from splitlearn.train import evaluate
 
@@ -111,10 +111,10 @@ def tasks(config: Config, options: Options) -> list[Task]:
     for mechanism in config.mechanisms:
         for epsilon in (float("inf"),) if mechanism == "none" else config.epsilons:
             for seed in options.seeds:
+                protocol = MECHANISMS[mechanism].protocol
                 training = Training(
                     cut=place, epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, seed=seed,
-                    clients=config.clients if mechanism == "user_level" else 1, device=device,
-                    protocol="splitfed_v1" if mechanism == "user_level" else "vanilla",
+                    clients=config.clients if protocol == "splitfed_v1" else 1, device=device, protocol=protocol,
                 )  # fmt: skip
                 trial = Trial(options.data, sizes, mechanism, epsilon, training, config)
                 some = config.epsilons if isinf(epsilon) else (epsilon,)
@@ -151,7 +151,7 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     seconds["train"], clock = time.perf_counter() - clock, time.perf_counter()
     trained = reached.trained
     utility = evaluate(trained.chain, splits.test.x, splits.test.y)
-    utility["accuracy_public"] = evaluate([_Whole(model)], splits.test.x, splits.test.y)["accuracy"]
+    utility["accuracy_public"] = evaluate([Learner("public", model)], splits.test.x, splits.test.y)["accuracy"]
     seconds["evaluate"] = time.perf_counter() - clock
     leakage = _label_leakage(start, reached) if reached.label_attacks else []
     # The bottom is frozen where samples are noised one by one: what crosses now is as it was in training, noise anew.
@@ -171,18 +171,6 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         epsilon_lower=None if claimed is None else reached.lower, accounts=[str(claim) for claim in reached.claims],
         mse_bound=_mse_bound(reached), notes=_notes(trial, reached, mechanism.adjacency),
     )  # fmt: skip
-
-
-class _Whole:
-    """A plain model, asked as a party is."""
-
-    def __init__(self, model: nn.Module):
-        self._model = copy.deepcopy(model).eval()
-
-    @torch.no_grad()
-    def predict(self, x: Tensor) -> Tensor:
-        """Return the model's output."""
-        return self._model(x.to(next(self._model.parameters()).device))
 
 
 def _label_leakage(start: Start, reached: Reached) -> list[Leakage]:

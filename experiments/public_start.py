@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from experiments.setups import LABELLED, NOTHING, counted
 from experiments.training import Trained, Training, build_model, optimizer_for
@@ -70,15 +69,9 @@ def public_model(splits: Splits, count: int, training: Training) -> nn.Sequentia
     if not count:
         return model
     x, y = (part[:count].to(training.device) for part in (splits.auxiliary.x, splits.auxiliary.y))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    learner = Learner("public", model, torch.optim.Adam(model.parameters(), 1e-3), seed=training.seed)
     batches = Batches(x, y, batch_size=32, seed=training.seed)
-    done = 0
-    while done < PUBLIC_STEPS:
-        for part, labels in batches:
-            optimizer.zero_grad()
-            cross_entropy(model(part), labels).backward()
-            optimizer.step()
-            done += 1
+    fit(epochs_of(lambda x, y: learner.learn(x, y)[0], batches), epochs=-(-PUBLIC_STEPS // len(batches)))
     return model
 
 

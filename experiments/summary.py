@@ -10,7 +10,7 @@ from typing import NamedTuple
 from experiments.record import Leakage, Record
 from experiments.store import strength_order
 
-__all__ = ["Mark", "Point", "Setting", "Spread", "marks", "pareto_front", "summarise", "utility_metric"]
+__all__ = ["Mark", "Point", "Setting", "Spread", "families", "marks", "pareto_front", "summarise", "utility_metric"]
 
 UTILITY = ("accuracy", "macro_f1", "auc")  # the first one that was measured is the axis of the trade-off
 LONGEST = 24  # characters of a setting that tells variants apart
@@ -86,11 +86,6 @@ class Point:
             for record in self.records
             if (found := [leak.advantage for leak in record.leakage if leak.family == family])
         )
-
-    @property
-    def families(self) -> list[str]:
-        """The families of attacks that were run."""
-        return list(dict.fromkeys(leak.family for record in self.records for leak in record.leakage))
 
     @property
     def name(self) -> str:
@@ -185,6 +180,11 @@ def summarise(records: Iterable[Record]) -> list[Point]:
             by_seed = tuple(sorted(group, key=lambda record: record.seed))
             points.append(Point(setting, protection, strength, variant, by_seed))
     return sorted(points, key=_order)
+
+
+def families(points: Iterable[Point]) -> list[str]:
+    """Return the families of attacks that were run on any of the points."""
+    return list(dict.fromkeys(leak.family for point in points for record in point.records for leak in record.leakage))
 
 
 def marks(points: Iterable[Point], metric: str | None) -> dict[Setting, list[Mark]]:

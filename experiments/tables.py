@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from experiments.figures import count, number, ratio, seconds, spread
-from experiments.summary import Point, Spread, marks, pareto_front, utility_metric
+from experiments.summary import Point, Spread, families, marks, pareto_front, utility_metric
 
 __all__ = [
     "Table",
@@ -50,16 +50,16 @@ def _results_table(points: Sequence[Point]) -> Table:
     attacked = any(point.worst for point in points)
     proved = any(_epsilon(point) for point in points)
     columns = [*_heads(points), "seeds", *(metric.replace("_", " ") for metric in first)]
-    families = list(dict.fromkeys(family for point in points for family in point.families))
-    mixed = len(families) > 1  # one worst of all would set labels against inputs
-    columns += [f"{family} leakage" for family in families] if mixed else ["worst leakage", "by"] if attacked else []
+    kinds = families(points)
+    mixed = len(kinds) > 1  # one worst of all would set labels against inputs
+    columns += [f"{family} leakage" for family in kinds] if mixed else ["worst leakage", "by"] if attacked else []
     columns += ["ε", "ε at least"] if proved else []
     columns += [metric.replace("_", " ") for metric in further]
     rows = []
     for point in points:
         row = [*_head(point, points), str(len(point.seeds)), *(spread(point.utility(metric)) for metric in first)]
         if mixed:
-            row += [spread(point.leakage(family)) for family in families]
+            row += [spread(point.leakage(family)) for family in kinds]
         elif attacked:
             row += [spread(point.worst), point.attacks[0] if point.attacks else "—"]
         row += [spread(_epsilon(point)), spread(point.claimed("epsilon_lower"))] if proved else []
@@ -81,8 +81,7 @@ def strength_notes(points: Sequence[Point]) -> list[tuple[str, list[str]]]:
 
 def leakage_tables(points: Sequence[Point]) -> list[Table]:
     """Return a table per family of attacks: the advantage, and each raw metric beside its baseline."""
-    families = dict.fromkeys(leak.family for point in points for record in point.records for leak in record.leakage)
-    return [_leakage_table(points, family) for family in families]
+    return [_leakage_table(points, family) for family in families(points)]
 
 
 def bytes_table(points: Sequence[Point]) -> Table | None:

@@ -61,7 +61,6 @@ class Accounted(Guard):
         self._batches = over if isinstance(over, Batches) else None
         self._epoch = over.epoch if isinstance(over, Batches) else 0
         self._releases = _releases(mechanism)
-        self._clear: frozenset[Kind] = frozenset()
         if not self._releases:
             raise ValueError(f"expected a mechanism with a proof, got {mechanism!r}; ClippedGaussian is one")
         if past := [kind for kind in crosses or () if kind not in BESIDE]:
@@ -73,8 +72,7 @@ class Accounted(Guard):
             raise ValueError("expected at least one account to enter releases into; budget.account(…) opens one")
         for account in accounts:
             self._check(account, crosses)
-        self._crosses = None if crosses is None else frozenset(Kind(kind) for kind in crosses)
-        self._clear = (self._crosses or frozenset()) - set(self._releases)
+        self._clear = frozenset(Kind(kind) for kind in crosses or ()) - set(self._releases)
 
     def __repr__(self) -> str:
         return f"Accounted({self.mechanism!r}, {', '.join(repr(str(account.adjacency)) for account in self.accounts)})"
@@ -123,7 +121,6 @@ class Accounted(Guard):
 
     def new_pass(self) -> None:
         """Say that a new pass over the samples begins, though the last one may not have been finished."""
-        assert self._over is None or self._over > 0
         for kind in self.rows:
             self.rows[kind] = self.passes[kind] * (self._over or 0)
 
