@@ -3,17 +3,23 @@
 from attacks.inversion.decoder import Convolutional, Decoder, Dense, decoder_family
 from attacks.inversion.maximum_likelihood import MaximumLikelihood
 from attacks.inversion.reconstruction import Inversion, Reconstruction
+from attacks.inversion.weight_gradient import WeightGradientActivations
+from attacks.keys.li_micciancio import KeyRecovery
+from attacks.labels.clear_gradient import ClearGradientLabels
 from attacks.labels.matching import GradientMatching
 from attacks.labels.sent import SentLabels
 
 __all__ = [
+    "ClearGradientLabels",
     "Convolutional",
     "Decoder",
     "Dense",
     "GradientMatching",
     "Inversion",
+    "KeyRecovery",
     "MaximumLikelihood",
     "Reconstruction",
     "SentLabels",
+    "WeightGradientActivations",
     "decoder_family",
 ]

@@ -57,6 +57,8 @@ class Kind(StrEnum):
     WEIGHTS = "weights"
     UPDATE = "update"  # weights less the weights they started from
     COUNT = "count"  # how many samples stand behind weights
+    CIPHERTEXT = "ciphertext"  # whatever it is of; nobody without the key can tell
+    PARAMETERS = "parameters"  # public settings of a protection, JSON in UTF-8
     ERROR = "error"  # one line of text, UTF-8
     FRAMING = "framing"  # bytes that carry no tensor; never a key
 

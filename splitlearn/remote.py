@@ -11,7 +11,7 @@ from torch import Tensor
 
 from splitlearn.frames import Codec, Kind, Message
 from splitlearn.party import Party
-from splitlearn.service import Service, keyed, named, need
+from splitlearn.service import Answering, Service, keyed, named, need
 from splitlearn.wire import Framed, Metered, Recorded, Transport, serve
 
 __all__ = ["Caller", "Remote", "Wire", "wire"]
@@ -45,6 +45,10 @@ class Remote:
     def __init__(self, name: str, transport: Transport, session: str):
         self.name = name
         self._ask = Caller(name, transport, session)
+
+    def ask(self, verb: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the reply to a verb of the remote party's own, such as a protection has; see ``Service``."""
+        return self._ask(verb, tensors)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the remote stage's activation as a fresh leaf that asks for a gradient."""
@@ -90,7 +94,7 @@ class Wire:
     record: Recorded
 
 
-def wire(party: Party, codec: Codec | None = None, *, max_nbytes: int = 1 << 30) -> Wire:
+def wire(party: Party | Answering, codec: Codec | None = None, *, max_nbytes: int = 1 << 30) -> Wire:
     """Put ``party`` behind real frames: metered, packed by ``codec``, and recorded on its own side."""
     record = Recorded(Service({party.name: party}), max_nbytes=max_nbytes)
     meter = Metered(serve(record, codec))

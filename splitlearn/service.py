@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,20 @@ from splitlearn.frames import Kind, Message, encode
 from splitlearn.party import Party
 from splitlearn.wire import Exchange
 
-__all__ = ["Service", "keyed", "named", "need"]
+__all__ = ["Answer", "Answering", "Service", "keyed", "named", "need"]
+
+
+Answer = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # the tensors of a request to those of its reply
+
+
+class Answering(Protocol):
+    """A party with verbs of its own, as a protection may need; ``Remote.ask`` asks for them."""
+
+    name: str
+
+    @property
+    def answers(self) -> Mapping[str, Answer]:
+        """What answers each of its verbs."""
 
 
 class Service:
@@ -36,10 +50,7 @@ class Service:
         party = self.sessions.get(message.session)
         if party is None:
             raise ValueError(f"expected a session among {', '.join(self.sessions)}; got {message.session!r}")
-        if message.verb not in ANSWERS:
-            raise ValueError(f"expected a verb among {', '.join(ANSWERS)}; got {message.verb!r}")
-        if not hasattr(party, "round" if message.verb == "update" else message.verb):
-            raise ValueError(f"{message.session} is a {type(party).__name__}, which does not answer {message.verb!r}")
+        answer = _answer_of(party, message)
         with self._turns.setdefault(message.session, threading.Lock()):  # a repeat waits for the first to be done
             last = self._last.get(message.session)
             if last is not None and message.step == last.request.step:
@@ -49,7 +60,7 @@ class Service:
                     f"expected a step of {message.session} after {last.request.step}, got {message.step}; it was done, "
                     "or comes too late"
                 )
-            reply = replace(message, tensors=ANSWERS[message.verb](party, message.tensors))
+            reply = replace(message, tensors=answer(message.tensors))
             self._last[message.session] = Exchange(message, reply)
             return reply
 
@@ -123,6 +134,18 @@ ANSWERS: dict[str, Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]]] = {
     "round": _answer_round,
     "update": _answer_update,
 }
+
+
+def _answer_of(party: Any, message: Message) -> Answer:
+    """Return what answers this verb: one of the party's own ``answers`` where it has some, else that of all parties."""
+    own: Mapping[str, Answer] = getattr(party, "answers", {})
+    if message.verb in own:
+        return own[message.verb]
+    if message.verb not in ANSWERS:
+        raise ValueError(f"expected a verb among {', '.join([*ANSWERS, *own])}; got {message.verb!r}")
+    if not hasattr(party, "round" if message.verb == "update" else message.verb):
+        raise ValueError(f"{message.session} is a {type(party).__name__}, which does not answer {message.verb!r}")
+    return partial(ANSWERS[message.verb], party)
 
 
 def _received(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from privacy.dp.analytic import delta_of, epsilon_of
-from privacy.dp.extra import load
 from privacy.dp.releases import Clear, GaussianRelease, LaplaceRelease, Release, Releases, ResponseRelease
+from privacy.extra import load
 
 __all__ = ["Accountant", "calibrate", "delta", "epsilon"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from privacy.dp.extra import load
 from privacy.dp.shapers import mixes
+from privacy.extra import load
 
 __all__ = ["PerSample"]
 

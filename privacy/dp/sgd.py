@@ -12,7 +12,7 @@ import secrets
 from collections import deque
 from collections.abc import Mapping
 from math import isfinite
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,14 @@ from privacy.dp.poisson import PaddedCrossEntropy
 from splitlearn.party import Guard, Learner, Loss
 
 __all__ = ["PrivateLearner"]
+
+
+@runtime_checkable
+class PassesOn(Protocol):
+    """A layer whose weights are held elsewhere: what a noised step has made of its parameters here goes there."""
+
+    def pass_on(self) -> None:
+        """Send the step; the parameters are then 0 again."""
 
 
 class PrivateLearner(Learner):
@@ -164,6 +172,9 @@ class PrivateLearner(Learner):
         (g,) = torch.autograd.grad(outputs, [output], gradients)
         self._samples.sum(x, output, g * self.expected_batch_size)  # each sample's own, not its share of the mean
         self._samples.step(last=last)
+        for layer in self.stage.modules() if last else ():
+            if isinstance(layer, PassesOn):
+                layer.pass_on()
         if x.grad is not None:
             x.grad /= self.expected_batch_size
         self._passed = None

@@ -1,9 +1,11 @@
-"""What needs the extra ``dp`` is imported when it is used, and its absence is told in one line."""
+"""What needs an extra is imported when it is used, and its absence is told in one line."""
 
 from importlib import import_module
 from typing import Any
 
 __all__ = ["load"]
+
+EXTRAS = {"opacus": "dp", "dp_accounting": "dp", "tenseal": "he"}
 
 
 def load(module: str) -> Any:
@@ -11,7 +13,8 @@ def load(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0].replace("_", "-")
+        package = module.partition(".")[0]
         raise LookupError(
-            f"expected {package}, got none ({error}); install it: pip install 'splitlearn[dp]'"
+            f"expected {package.replace('_', '-')}, got none ({error}); install it: "
+            f"pip install 'splitlearn[{EXTRAS[package]}]'"
         ) from error

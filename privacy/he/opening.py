@@ -1,0 +1,90 @@
+"""Opening: what a client tells a holder before anything else, all of it public; and how weights may change."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from privacy.he.ciphertexts import refuse_key_material
+from privacy.he.parameters import Parameters
+
+__all__ = ["Opening", "Update", "as_object", "as_tensor"]
+
+
+class Update(StrEnum):
+    """How the weights of an encrypted layer may change. In the clear they may not."""
+
+    FROZEN = "frozen"  # not at all
+    PRIVATE = "private"  # by DP-SGD on the client, whose noised step the server is sent
+    ENCRYPTED = "encrypted"  # by the client, who owns them; the server holds ciphertexts of them
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Update | None":
+        raise ValueError(
+            f"expected update=frozen, private or encrypted, got {value!r}: a weight gradient in the clear is the leak "
+            "of the published protocols. It is Σ gᵢᵀaᵢ: beside the gradients, which give the labels away, it gives the "
+            "activations away too, exactly, where a batch has fewer samples than outputs"
+        )
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a client tells a holder first, in the clear: parameters, whose key, bounds, and how the weights change."""
+
+    parameters: Parameters
+    key: bytes
+    bound: float
+    truncated: bool
+    update: Update
+    rows: int = 0  # that encrypted weights are packed for
+
+    def tensor(self) -> Tensor:
+        """Return what crosses."""
+        one = self.parameters
+        told = {
+            "name": one.name, "degree": one.degree, "prime_bits": one.prime_bits, "scale_bits": one.scale_bits,
+            "weight_scale_bits": one.weight_scale_bits, "key": self.key.hex(), "bound": self.bound,
+            "truncated": self.truncated, "update": self.update, "rows": self.rows,
+        }  # fmt: skip
+        return as_tensor(told)
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Opening":
+        """Return what a client told; ``ValueError`` for anything else, and for parameters below 128 bits."""
+        told = as_object(tensor)
+        try:
+            parameters = Parameters(
+                str(told["name"]), int(told["degree"]), tuple(int(bits) for bits in told["prime_bits"]),
+                int(told["scale_bits"]), int(told["weight_scale_bits"]),
+            )  # fmt: skip
+            return cls(
+                parameters, bytes.fromhex(told["key"]), float(told["bound"]), bool(told["truncated"]),
+                Update(told["update"]), int(told["rows"]),
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"expected parameters, key id and bounds of a client, got {sorted(told)}") from error
+
+
+def as_tensor(told: Mapping[str, Any]) -> Tensor:
+    """Return public settings as what crosses: JSON."""
+    return torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+
+
+def as_object(tensor: Tensor) -> dict[str, Any]:
+    """Return the public settings that crossed."""
+    raw = tensor.numpy().tobytes() if tensor.dtype is torch.uint8 else b""
+    refuse_key_material(raw)
+    try:
+        told = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(
+            f"expected public parameters as JSON, got {len(raw)} bytes of something else; keys and TenSEAL contexts "
+            "stay with the client"
+        ) from error
+    if not isinstance(told, dict):
+        raise ValueError(f"expected public parameters as a JSON object, got {type(told).__name__}")
+    return told
