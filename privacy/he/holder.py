@@ -44,7 +44,7 @@ def shared_layouts(ring: Ring, rows: int, geometry: Geometry) -> tuple[Layout, L
     """Return layouts of X·Wᵀ and of G·W under which one set of encrypted weights serves both."""
     height = -(-rows // -(-rows // ring.parameters.slots))
     half = -(-geometry.inner // 2)
-    tile = min(ring.parameters.slots // height, half)
+    tile = min(1 << (ring.parameters.slots // height).bit_length() - 1, half)
     forward = Layout(rows, geometry.inner, geometry.outer, ring.parameters.slots, tile, 1, "up")
     return forward, forward.transposed()
 

@@ -161,7 +161,7 @@ class EncryptedLayer(nn.Module):
         halvings = max(
             halvings_for(ring, forward, m, None, self.bound), halvings_for(ring, back, m.T, None, GRADIENT_BOUND)
         )
-        slots = forward.pack_weights(m).reshape(-1, forward.slots)
+        slots = np.tile(forward.periods(m).reshape(-1, forward.period), forward.slots // forward.period)
         begun = time.perf_counter()
         packed = self._keys.encrypt(slots, self.batch, scale=ring.scale / 2**halvings).tensor(ring)
         self.seconds["encrypt"] += time.perf_counter() - begun
@@ -183,8 +183,7 @@ class EncryptedLayer(nn.Module):
         """Return X·M as the holder computes it on ciphertexts."""
         keys, ring, layout = self._keys, self._keys.ring, packing.layout
         clock = [time.perf_counter()]
-        slots = layout.pack_rows(x).reshape(-1, layout.slots)
-        sent = keys.encrypt(slots, layout.rows, scale=packing.scale).tensor(ring)
+        sent = keys.encrypt(layout.pack_rows(x), layout.rows, scale=packing.scale).tensor(ring)
         clock.append(time.perf_counter())
         reply = self._holder.ask(packing.verb, {Kind.COUNT: torch.tensor(layout.rows), Kind.CIPHERTEXT: sent})
         clock.append(time.perf_counter())
@@ -193,7 +192,7 @@ class EncryptedLayer(nn.Module):
             polynomials=packing.polynomials, count=layout.chunks * layout.down, scale=ring.reply_scale,
             halvings=MOST_HALVINGS,
         )  # fmt: skip
-        out = layout.unpack(keys.decrypt(got).reshape(layout.chunks, layout.down, -1))
+        out = layout.unpack(keys.decrypt(got))
         clock.append(time.perf_counter())
         for name, start, end in zip(("encrypt", "holder", "decrypt"), clock, clock[1:], strict=False):
             self.seconds[name] += end - start

@@ -1,9 +1,10 @@
 """The packed, rotation-free layout of an encrypted product, and the rule that chooses it.
 
-X [rows, inner] is encrypted by the client, M [inner, outer] is the server's. A ciphertext holds ``replicas`` copies of
-a ``tile`` of inner entries, each with all rows beside each other; a reply holds, in each copy, another outer entry. The
+X [rows, inner] is encrypted by the client, M [inner, outer] is the server's. A ciphertext holds, row after row,
+``replicas`` copies of a ``tile`` of the row's inner entries; a reply holds, in each copy, another outer entry. The
 server multiplies slot by slot and adds up over the tiles; the client folds the entries of a tile into one sum. No
-rotation, no relinearisation, multiplicative depth one.
+rotation, no relinearisation, multiplicative depth one. What is multiplied by is the same for every row: its slots repeat
+with a ``period``, a power of 2, which makes its plaintext cheap (``periodic.py``).
 
 Slots are complex numbers, which halve one direction: ``up`` packs two inner entries as x₁ + i·x₂ against m₁ − i·m₂, of
 which the real part is wanted; ``down`` packs two outer entries as m + i·m′ against real x.
@@ -48,10 +49,10 @@ class Layout:
             raise ValueError(
                 f"expected at least one row, input and output, got {self.rows}, {self.inner}, {self.outer}"
             )
-        if self.tile < 1 or self.replicas < 1 or self.tile * self.replicas * self.height > self.slots:
+        if self.tile < 1 or self.replicas < 1 or self.period * self.height > self.slots:
             raise ValueError(
-                f"expected a tile and replicas of 1 or more that fit {self.slots} slots with {self.height} rows, got "
-                f"{self.tile} and {self.replicas}"
+                f"expected a tile and replicas of 1 or more, whose product, as a power of 2, fits {self.slots} slots "
+                f"{self.height} times, got {self.tile} and {self.replicas}"
             )
 
     @property
@@ -63,6 +64,11 @@ class Layout:
     def height(self) -> int:
         """How many rows one ciphertext holds."""
         return ceil(self.rows / self.chunks)
+
+    @property
+    def period(self) -> int:
+        """How many slots a row has: a power of 2."""
+        return 1 << (self.tile * self.replicas - 1).bit_length()
 
     @property
     def in_fold(self) -> int:
@@ -98,57 +104,56 @@ class Layout:
         return Layout(self.rows, self.outer, self.inner, self.slots, 1, self.tile, "down", conjugate=True)
 
     def pack_rows(self, x: Real) -> Complex:
-        """Return X [rows, inner] as slots [chunks, up, slots]."""
+        """Return X [rows, inner] as slots [chunks · up, slots]."""
         full = np.zeros((self.chunks * self.height, self.up * self.in_fold * self.tile))
         full[: self.rows, : self.inner] = x
-        tiles = full.reshape(self.chunks, self.height, self.up, self.in_fold, self.tile).transpose(0, 2, 3, 4, 1)
-        one = (tiles[:, :, 0] + 1j * tiles[:, :, 1] if self.fold == "up" else tiles[:, :, 0]).reshape(
-            self.chunks, self.up, 1, self.tile * self.height
+        tiles = full.reshape(self.chunks, self.height, self.up, self.in_fold, self.tile).transpose(0, 2, 1, 3, 4)
+        one = tiles[..., 0, :] + 1j * tiles[..., 1, :] if self.fold == "up" else tiles[..., 0, :]
+        slots = np.zeros((self.chunks * self.up, self.slots // self.period, self.period), np.complex128)
+        slots[:, : self.height, : self.replicas * self.tile] = np.tile(one, self.replicas).reshape(
+            self.chunks * self.up, self.height, -1
         )
-        return self._filled(np.repeat(one, self.replicas, axis=2), lead=2)
+        return slots.reshape(-1, self.slots)
 
-    def folded(self, m: Real) -> Complex:
-        """Return M [inner, outer] as it is multiplied, [down, up, replicas, tile]: one number for all rows."""
+    def periods(self, m: Real) -> Complex:
+        """Return M [inner, outer] as it is multiplied, [down, up, period]: the slots of one row, the same for all."""
         full = np.zeros((self.up * self.in_fold * self.tile, self.down * self.out_fold * self.replicas))
         full[: self.inner, : self.outer] = m
         tiles = full.reshape(self.up, self.in_fold, self.tile, self.down, self.out_fold, self.replicas)
         tiles = tiles.transpose(3, 0, 5, 2, 1, 4)  # down, up, replicas, tile, in_fold, out_fold
+        one = tiles[..., 0, 0].astype(np.complex128)
         if self.fold == "up":
-            return tiles[..., 0, 0] - 1j * tiles[..., 1, 0]
+            one -= 1j * tiles[..., 1, 0]
         if self.fold == "down":
-            return tiles[..., 0, 0] + (-1j if self.conjugate else 1j) * tiles[..., 0, 1]
-        return tiles[..., 0, 0].astype(np.complex128)
+            one += (-1j if self.conjugate else 1j) * tiles[..., 0, 1]
+        return self._filled(one)
 
-    def pack_weights(self, m: Real) -> Complex:
-        """Return M [inner, outer] as slots [down, up, slots], each number repeated for every row."""
-        return self._filled(np.repeat(self.folded(m), self.height, axis=-1), lead=2)
-
-    def pack_bias(self, b: Real) -> Complex:
-        """Return b [outer] as slots [down, slots]: once in each tile, whose entries are added up."""
+    def bias_periods(self, b: Real) -> Complex:
+        """Return b [outer] as slots of one row [down, period]: once in each tile, whose entries are added up."""
         full = np.zeros(self.down * self.out_fold * self.replicas)
         full[: self.outer] = b
         parts = full.reshape(self.down, self.out_fold, self.replicas)
-        slots = np.zeros((self.down, self.replicas, self.tile, self.height), np.complex128)
-        slots[:, :, 0] = parts[:, 0, :, None]
+        one = np.zeros((self.down, self.replicas, self.tile), np.complex128)
+        one[..., 0] = parts[:, 0]
         if self.fold == "down":
-            slots[:, :, 0] += (-1j if self.conjugate else 1j) * parts[:, 1, :, None]
-        return self._filled(slots, lead=1)
+            one[..., 0] += (-1j if self.conjugate else 1j) * parts[:, 1]
+        return self._filled(one)
 
     def unpack(self, slots: Complex) -> Real:
-        """Return X·M [rows, outer] from slots [chunks, down, slots]."""
-        used = self.replicas * self.tile * self.height
-        sums = slots[..., :used].reshape(self.chunks, self.down, self.replicas, self.tile, self.height).sum(3)
+        """Return X·M [rows, outer] from slots [chunks · down, slots]."""
+        rows = slots.reshape(self.chunks, self.down, -1, self.period)[:, :, : self.height]
+        used = rows[..., : self.replicas * self.tile]
+        sums = used.reshape(*used.shape[:-1], self.replicas, self.tile).sum(-1)
         parts = [sums.real]
         if self.fold == "down":
             parts.append(-sums.imag if self.conjugate else sums.imag)
-        both = np.stack(parts, 2)  # chunks, down, out_fold, replicas, height
-        return both.transpose(0, 4, 1, 2, 3).reshape(self.chunks * self.height, -1)[: self.rows, : self.outer]
+        both = np.stack(parts, 3)  # chunks, down, height, out_fold, replicas
+        return both.transpose(0, 2, 1, 3, 4).reshape(self.chunks * self.height, -1)[: self.rows, : self.outer]
 
-    def _filled(self, slots: Complex, lead: int) -> Complex:
-        """Return the slots, flat after the first ``lead`` dimensions, with zeros after those that are used."""
-        flat = slots.reshape(*slots.shape[:lead], -1)
-        full = np.zeros((*flat.shape[:-1], self.slots), np.complex128)
-        full[..., : flat.shape[-1]] = flat
+    def _filled(self, one: Complex) -> Complex:
+        """Return [..., replicas, tile] as [..., period], with zeros after those that are used."""
+        full = np.zeros((*one.shape[:-2], self.period), np.complex128)
+        full[..., : self.replicas * self.tile] = one.reshape(*one.shape[:-2], -1)
         return full
 
 
@@ -167,21 +172,22 @@ class Cost:
 
 @lru_cache(maxsize=512)
 def cheapest(rows: int, inner: int, outer: int, slots: int, cost: Cost) -> Layout:
-    """Return the layout that takes least: the greatest tile for each number of uploads, and what replicas then fit.
+    """Return the layout that takes least: for each period and number of uploads the least tile, and all replicas.
 
-    Fewer uploads of the same tile never cost more, nor do more replicas; so no other layout needs to be looked at.
+    A greater tile that needs as many uploads only takes room from replicas, and more replicas never cost more; so no
+    other layout needs to be looked at.
     """
     height = ceil(rows / ceil(rows / slots))
     best: tuple[float, Layout] | None = None
     for fold in FOLDS:
         entries = ceil(inner / (2 if fold == "up" else 1))
         groups = ceil(outer / (2 if fold == "down" else 1))
-        most = min(entries, slots // height)
-        for tile in sorted({ceil(entries / ceil(entries / tile)) for tile in range(1, most + 1)}):
-            replicas = min(groups, slots // (height * tile))
-            layout = Layout(rows, inner, outer, slots, tile, replicas, fold)
-            spent = cost.of(layout)
-            if best is None or spent < best[0]:
-                best = spent, layout
+        for power in range((slots // height).bit_length()):
+            period = 1 << power
+            for tile in sorted({ceil(entries / ceil(entries / most)) for most in range(1, min(entries, period) + 1)}):
+                layout = Layout(rows, inner, outer, slots, tile, min(groups, period // tile), fold)
+                spent = cost.of(layout)
+                if best is None or spent < best[0]:
+                    best = spent, layout
     assert best is not None
     return best[1]

@@ -23,6 +23,7 @@ __all__ = ["SEAL_MAGIC", "SEED_NBYTES", "Ring"]
 SEAL_MAGIC = b"\x5e\xa1"  # what everything starts with that SEAL itself has stored: keys too
 SEAL_HEADER = struct.Struct("<2sBBBBHQ")  # magic, header size, version (2), compression, reserved, bytes in all
 CIPHERTEXT = struct.Struct("<4QBQQQdQ")  # parameters' hash, in NTT form, polynomials, N, primes, scale, correction
+PLAINTEXT = struct.Struct("<4QQd")  # parameters' hash, integers, scale
 COUNT = struct.Struct("<Q")
 SEED_NBYTES = 64
 SEED_TYPE = 1  # Blake2xb
@@ -56,6 +57,7 @@ class Ring:
         self.weight_scale = 2.0**parameters.weight_scale_bits
         rescaled = self.primes[-1] if len(self.primes) > 1 else 1
         self.reply_scale = self.scale * self.weight_scale / rescaled
+        self.known: dict[tuple[int, int], tuple[int, ...]] = {}  # NTT values of Y, by period and prime (periodic.py)
         self._scratch = _Scratch()
         self._head = b""
 
@@ -63,6 +65,19 @@ class Ring:
         """Return the plaintext of these slots."""
         plain = self.api.Plaintext()
         self.encoder.encode(slots.tolist(), scale, plain)
+        return plain
+
+    def plain_integers(self, plain: Any) -> Integers:
+        """Return the integers of a plaintext, in NTT form [primes, N]."""
+        raw = self._stored(plain)
+        integers = np.frombuffer(raw, np.uint64, offset=PLAINTEXT.size + SEAL_HEADER.size + COUNT.size)
+        return integers.reshape(len(self.primes), self.parameters.degree)
+
+    def plain_from_integers(self, integers: Integers, scale: float) -> Any:
+        """Return the plaintext of integers in NTT form [primes, N]."""
+        plain = self.api.Plaintext()
+        body = np.ascontiguousarray(integers, np.uint64).tobytes()
+        self._load(plain, [PLAINTEXT.pack(*self.parms_id, integers.size, scale), self._array(body)])
         return plain
 
     def new(self) -> Any:
@@ -101,7 +116,7 @@ class Ring:
         return self._loaded(integers, scale, True, self.parms_id, 2, tail)
 
     def _stored(self, thing: Any) -> bytes:
-        """Return what SEAL stores of a ciphertext, uncompressed and without its outer header."""
+        """Return what SEAL stores of a ciphertext or a plaintext, uncompressed and without its outer header."""
         stored = self._scratch.written(thing)
         if not self._head:
             self._head = stored[:5]
@@ -114,19 +129,26 @@ class Ring:
         self, integers: Integers, scale: float, ntt: bool, parms_id: tuple[int, ...], size: int, tail: bytes = b""
     ) -> Any:
         primes, degree = integers.shape[-2:]
-        body = np.ascontiguousarray(integers, np.uint64).tobytes()
-        inner = SEAL_HEADER.pack(*self._version(), NONE, 0, SEAL_HEADER.size + COUNT.size + len(body))
-        fixed = CIPHERTEXT.pack(*parms_id, ntt, size, degree, primes, scale, 1)
-        parts = [fixed, inner, COUNT.pack(len(body) // 8), body, tail]
-        outer = SEAL_HEADER.pack(*self._version(), NONE, 0, SEAL_HEADER.size + sum(map(len, parts)))
+        body = self._array(np.ascontiguousarray(integers, np.uint64).tobytes())
         ciphertext = self.new()
         try:
-            self._scratch.read(ciphertext, self.context, b"".join([outer, *parts]))
+            fixed = CIPHERTEXT.pack(*parms_id, ntt, size, degree, primes, scale, 1)
+            self._load(ciphertext, [fixed, body, tail])
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"expected a ciphertext of {self.parameters.in_words()}; SEAL refuses it: {error}"
             ) from error
         return ciphertext
+
+    def _array(self, body: bytes) -> bytes:
+        """Return integers as SEAL stores them."""
+        size = SEAL_HEADER.size + COUNT.size + len(body)
+        return SEAL_HEADER.pack(*self._version(), NONE, 0, size) + COUNT.pack(len(body) // 8) + body
+
+    def _load(self, thing: Any, parts: list[bytes]) -> None:
+        """Have SEAL load ``thing`` from what it would have stored."""
+        outer = SEAL_HEADER.pack(*self._version(), NONE, 0, SEAL_HEADER.size + sum(map(len, parts)))
+        self._scratch.read(thing, self.context, b"".join([outer, *parts]))
 
     def _version(self) -> tuple[bytes, int, int, int]:
         if not self._head:
@@ -157,9 +179,9 @@ class _Scratch:
             thing.save(self._path)
             return os.pread(self._fd, os.fstat(self._fd).st_size, 0)
 
-    def read(self, ciphertext: Any, context: Any, stored: bytes) -> None:
-        """Have SEAL load ``ciphertext`` from these bytes."""
+    def read(self, thing: Any, context: Any, stored: bytes) -> None:
+        """Have SEAL load ``thing`` from these bytes."""
         with self._lock:
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, stored, 0)
-            ciphertext.load(context, self._path)
+            thing.load(context, self._path)
