@@ -1,6 +1,7 @@
 """All that the command line can be asked for, by name."""
 
 from experiments.bench_dp import audit_power, dp_overhead
+from experiments.bench_he import he_overhead_figures
 from experiments.bench_import import import_time
 from experiments.bench_split import split_overhead
 from experiments.experiment import Experiment
@@ -20,6 +21,9 @@ BENCHES: dict[str, Bench] = {
     "dp": Bench("what DP-SGD costs in time: per-sample and ghost clipping, against the plain split step", dp_overhead),
     "audit": Bench(
         "how well the audit bounds ε from below, convicts planted faults and spares the honest", audit_power
+    ),
+    "he": Bench(
+        "what encryption on the cut costs in time and bytes, against TenSEAL's own tensors", he_overhead_figures
     ),
     "import": Bench("what `import splitlearn` takes beyond `import torch`", import_time),
 }

@@ -1,4 +1,4 @@
-"""TenSEAL's own tensors doing the same products, as published work uses them: what the packed layer is measured against.
+"""TenSEAL's own tensors doing the same products, as published work has them do: what ours is measured against.
 
 ``[60, 40, 40, 60]`` at degree 8192 and a scale of 2^40, the setting of Split Ways (Khan et al. 2023, arXiv:2301.08778).
 """

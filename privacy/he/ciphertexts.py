@@ -8,12 +8,14 @@ means to forge a ciphertext can; what it decrypts to is checked against its rang
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from privacy.he.parameters import Parameters
 from privacy.he.seal import SEAL_MAGIC, SEED_NBYTES, Integers, Ring
 
 __all__ = ["Ciphertexts", "Form", "nbytes_each", "refuse_key_material"]
@@ -46,7 +48,7 @@ class Ciphertexts:
         body = b"".join(
             _packed(self.integers[:, number, prime] >> np.uint64(cut), width - cut)
             for number in range(polynomials)
-            for prime, (width, cut) in enumerate(_widths(ring, self.form, polynomials, number))
+            for prime, (width, cut) in enumerate(_widths(ring.parameters, self.form, polynomials, number))
         ) + b"".join(self.seeds)
         header = HEADER.pack(
             MAGIC, VERSION, FORMS.index(self.form), polynomials, ring.parameters.digest, self.key, count, self.rows,
@@ -94,7 +96,7 @@ class Ciphertexts:
         if not any(abs(at * 2**times - scale) <= 1e-9 * scale for times in range(halvings + 1)):
             raise ValueError(f"expected ciphertexts of scale {scale:.10g}, got {at:.10g}: the scale has drifted")
         body = raw[HEADER.size :]
-        expected = count * nbytes_each(ring, form, polynomials)
+        expected = count * nbytes_each(ring.parameters, form, polynomials)
         if len(body) != expected:
             raise ValueError(f"expected {expected} bytes of ciphertexts, got {len(body)}; they were cut short")
         if zlib.crc32(body) != crc:
@@ -113,21 +115,22 @@ def refuse_key_material(raw: bytes) -> None:
         )
 
 
-def nbytes_each(ring: Ring, form: Form, polynomials: int) -> int:
+@cache
+def nbytes_each(parameters: Parameters, form: Form, polynomials: int) -> int:
     """Return the bytes of one ciphertext, its header left out."""
     parts = 1 if form == "seeded" else polynomials
     bits = sum(
-        _width(width - cut) for number in range(parts) for width, cut in _widths(ring, form, polynomials, number)
+        _width(width - cut) for number in range(parts) for width, cut in _widths(parameters, form, polynomials, number)
     )
-    return ring.parameters.degree * bits // 8 + (SEED_NBYTES if form == "seeded" else 0)
+    return parameters.degree * bits // 8 + (SEED_NBYTES if form == "seeded" else 0)
 
 
-def _widths(ring: Ring, form: Form, polynomials: int, number: int) -> list[tuple[int, int]]:
+def _widths(parameters: Parameters, form: Form, polynomials: int, number: int) -> list[tuple[int, int]]:
     """Return for each prime of a polynomial how many bits an integer has, and how many of them are left out."""
     if form == "seeded":
-        return [(prime.bit_length(), 0) for prime in ring.primes]
-    cut = ring.parameters.dropped_bits(polynomials)[number] if form == "truncated" else 0
-    return [(ring.primes[0].bit_length(), cut)]  # a reply has one prime left
+        return [(bits, 0) for bits in parameters.data_bits]
+    cut = parameters.dropped_bits(polynomials)[number] if form == "truncated" else 0
+    return [(parameters.prime_bits[0], cut)]  # a reply has one prime left
 
 
 def _width(bits: int) -> int:
@@ -163,7 +166,7 @@ def _unpacked(
     view, degree, found = memoryview(body), ring.parameters.degree, []
     at = 0
     for number in range(polynomials):
-        widths = _widths(ring, form, polynomials, number)
+        widths = _widths(ring.parameters, form, polynomials, number)
         for prime, (width, cut) in enumerate(widths):
             size = count * degree * _width(width - cut) // 8
             integers = _spread(view[at : at + size], count, degree, width - cut)

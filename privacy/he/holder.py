@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +19,7 @@ from privacy.he.ciphertexts import Ciphertexts
 from privacy.he.geometry import Geometry
 from privacy.he.layout import Layout, Real
 from privacy.he.opening import Opening, Update, as_tensor
+from privacy.he.parameters import Parameters
 from privacy.he.product import MOST_HALVINGS, Weights, halvings_for, plan, received, replied, sums
 from privacy.he.seal import Ring
 from splitlearn.frames import Kind
@@ -29,10 +31,11 @@ GRADIENT_BOUND = 1.0  # each row of a gradient is scaled to it before it is encr
 PATIENCE = 1  # layouts of weights that a session keeps beside the one in use
 
 
-def layouts(ring: Ring, rows: int, geometry: Geometry, truncated: bool) -> tuple[Layout, Layout]:
+@cache
+def layouts(parameters: Parameters, rows: int, geometry: Geometry, truncated: bool) -> tuple[Layout, Layout]:
     """Return the layouts of X·Wᵀ and of G·W, both sides the same; of one packing of W where that is the cheapest."""
-    forward = plan(ring, rows, geometry.inner, geometry.outer, truncated=truncated)
-    backward = plan(ring, rows, geometry.outer, geometry.inner, truncated=truncated)
+    forward = plan(parameters, rows, geometry.inner, geometry.outer, truncated=truncated)
+    backward = plan(parameters, rows, geometry.outer, geometry.inner, truncated=truncated)
     if forward.fold == "up" and forward.replicas == 1:
         shared = forward.transposed()
         if replace(shared, conjugate=False) == backward:
@@ -40,12 +43,13 @@ def layouts(ring: Ring, rows: int, geometry: Geometry, truncated: bool) -> tuple
     return forward, backward
 
 
-def shared_layouts(ring: Ring, rows: int, geometry: Geometry) -> tuple[Layout, Layout]:
+@cache
+def shared_layouts(parameters: Parameters, rows: int, geometry: Geometry) -> tuple[Layout, Layout]:
     """Return layouts of X·Wᵀ and of G·W under which one set of encrypted weights serves both."""
-    height = -(-rows // -(-rows // ring.parameters.slots))
+    height = -(-rows // -(-rows // parameters.slots))
     half = -(-geometry.inner // 2)
-    tile = min(1 << (ring.parameters.slots // height).bit_length() - 1, half)
-    forward = Layout(rows, geometry.inner, geometry.outer, ring.parameters.slots, tile, 1, "up")
+    tile = min(1 << (parameters.slots // height).bit_length() - 1, half)
+    forward = Layout(rows, geometry.inner, geometry.outer, parameters.slots, tile, 1, "up")
     return forward, forward.transposed()
 
 
@@ -145,6 +149,10 @@ class LayerHolder(_Holder):
         other._lock = self._lock
         return other
 
+    def forget(self) -> None:
+        """Drop the plaintexts of weights that are kept for the next product; they are made again."""
+        self._packed.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the weights; sessions and ciphertexts are of one run."""
         return {name: tensor.detach().clone() for name, tensor in self.layer.state_dict().items()}
@@ -208,8 +216,8 @@ class LayerHolder(_Holder):
         return {}
 
     def _layouts(self, rows: int) -> tuple[Layout, Layout]:
-        opening, ring = self._session
-        return layouts(ring, rows, self.geometry, opening.truncated)
+        opening, _ = self._session
+        return layouts(opening.parameters, rows, self.geometry, opening.truncated)
 
     def _weights(self, layout: Layout, own: tuple[Real, Real | None], bound: float) -> Weights:
         """Return the plaintexts of these weights; those that were used last are kept."""
@@ -246,7 +254,7 @@ class CipherHolder(_Holder):
     def _take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take over encrypted weights."""
         opening, ring = self._session
-        forward, _ = shared_layouts(ring, opening.rows, self.geometry)
+        forward, _ = shared_layouts(opening.parameters, opening.rows, self.geometry)
         fresh = Ciphertexts.of(
             need(tensors, Kind.CIPHERTEXT), ring, key=opening.key, form="seeded", polynomials=2,
             count=forward.down * forward.up, scale=ring.scale, halvings=MOST_HALVINGS,
@@ -268,7 +276,7 @@ class CipherHolder(_Holder):
         if not self._held:
             raise ValueError(f"{self.name}: expected encrypted weights first, got none")
         inputs, layout, rows = self._inputs(
-            tensors, lambda rows: shared_layouts(ring, opening.rows, self.geometry)[way]
+            tensors, lambda rows: shared_layouts(opening.parameters, opening.rows, self.geometry)[way]
         )
         begun = time.perf_counter()
         grid = self._held if way == 0 else [list(column) for column in zip(*self._held, strict=True)]

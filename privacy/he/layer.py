@@ -155,7 +155,7 @@ class EncryptedLayer(nn.Module):
 
     def _send_weights(self, weight: Tensor) -> None:
         ring = self._keys.ring
-        forward, back = shared_layouts(ring, self.batch, self.geometry)
+        forward, back = shared_layouts(ring.parameters, self.batch, self.geometry)
         m = weight.detach().cpu().double().reshape(self.geometry.outer, self.geometry.inner).numpy().T
         within(m, float("inf"), "weights", "raise")
         halvings = max(
@@ -172,11 +172,11 @@ class EncryptedLayer(nn.Module):
         """Return how the product and the gradient's product cross for so many rows."""
         ring = self._keys.ring
         if self.update is Update.ENCRYPTED:
-            there, back = shared_layouts(ring, self.batch, self.geometry)
+            there, back = shared_layouts(ring.parameters, self.batch, self.geometry)
             return _Packing("product", there, ring.weight_scale, 3), _Packing(
                 "product_back", back, ring.weight_scale, 3
             )
-        there, back = layouts(ring, rows, self.geometry, self.truncated)
+        there, back = layouts(ring.parameters, rows, self.geometry, self.truncated)
         return _Packing("product", there, ring.scale, 2), _Packing("product_back", back, ring.scale, 2)
 
     def _through(self, x: Real, packing: _Packing) -> Real:

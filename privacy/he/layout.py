@@ -3,15 +3,14 @@
 X [rows, inner] is encrypted by the client, M [inner, outer] is the server's. A ciphertext holds, row after row,
 ``replicas`` copies of a ``tile`` of the row's inner entries; a reply holds, in each copy, another outer entry. The
 server multiplies slot by slot and adds up over the tiles; the client folds the entries of a tile into one sum. No
-rotation, no relinearisation, multiplicative depth one. What is multiplied by is the same for every row: its slots repeat
-with a ``period``, a power of 2, which makes its plaintext cheap (``periodic.py``).
+rotation, no relinearisation, multiplicative depth one. Weights are the same for every row: their slots repeat with a
+``period``, a power of 2, which makes their plaintexts cheap (``periodic.py``).
 
 Slots are complex numbers, which halve one direction: ``up`` packs two inner entries as x₁ + i·x₂ against m₁ − i·m₂, of
 which the real part is wanted; ``down`` packs two outer entries as m + i·m′ against real x.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil
 from typing import Literal
 
@@ -170,7 +169,6 @@ class Cost:
         return layout.chunks * (layout.up * self.up + layout.down * self.down) + layout.products * self.product
 
 
-@lru_cache(maxsize=512)
 def cheapest(rows: int, inner: int, outer: int, slots: int, cost: Cost) -> Layout:
     """Return the layout that takes least: for each period and number of uploads the least tile, and all replicas.
 

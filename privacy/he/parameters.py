@@ -8,7 +8,7 @@ et al., eprint 2024/463), both for ternary secrets and classical attackers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from math import log2, sqrt
 from warnings import warn
@@ -78,9 +78,14 @@ class Parameters:
         return sum(self.prime_bits)
 
     @property
+    def data_bits(self) -> tuple[int, ...]:
+        """Bits of each prime of a fresh ciphertext."""
+        return self.prime_bits[:-1] if len(self.prime_bits) > 1 else self.prime_bits
+
+    @property
     def rescaled_bits(self) -> int:
         """Bits of the prime that a product is divided by; 0 where there is but one."""
-        return self.prime_bits[-2] if len(self.prime_bits) > 2 else 0
+        return self.data_bits[-1] if len(self.data_bits) > 1 else 0
 
     @property
     def reply_scale_bits(self) -> int:
@@ -108,6 +113,7 @@ class Parameters:
         text = f"{self.degree} {self.prime_bits} {self.scale_bits} {self.weight_scale_bits}"
         return sha256(text.encode()).digest()[:8]
 
+    @cache  # noqa: B019 - of parameter sets there are few
     def dropped_bits(self, components: int) -> tuple[int, ...]:
         """Return how many low bits of each polynomial of a reply may stay away.
 

@@ -1,8 +1,8 @@
 """Plaintexts of slots that repeat, made without a transform of the whole ring.
 
 Slots of period P are those of a polynomial in Y = X^(N/2P), of 2P coefficients. Its NTT form takes but 2P values, each
-N/2P times in a row, and is a small matrix product modulo the prime. All plaintexts of a layer are made at once; besides,
-2P rounded coefficients make less of an error than N.
+N/2P times in a row, and is a small matrix product modulo the prime. All plaintexts of a layer are made at once;
+besides, 2P rounded coefficients make less of an error than N.
 """
 
 from functools import lru_cache
@@ -17,13 +17,15 @@ from privacy.he.seal import Integers, Ring
 __all__ = ["encode_periodic"]
 
 MOST = 64  # the greatest period that pays: beyond it SEAL's own transform is faster
-LIMB = 20  # bits of the parts that products are made of, so that sums of them are exact in double precision
+PART = 20  # bits of the parts that coefficients are taken in
+EXACT = 53  # bits that double precision holds
 
 
 def encode_periodic(ring: Ring, slots: Complex, scale: float) -> list[Any]:
-    """Return the plaintexts of slots [count, period], each repeated over all slots. None is 0: SEAL takes no product of 0.
+    """Return the plaintexts of slots [count, period], each repeated over all slots.
 
-    What would be rounded to 0 throughout is the least there is, 1 / ``scale`` in every slot.
+    None is 0, since SEAL refuses a product by 0: what would be rounded to 0 throughout is the least there is,
+    1 / ``scale`` in every slot.
     """
     if slots.shape[1] == 1:  # 3 is of order P modulo 4P from P = 2 on
         slots = np.repeat(slots, 2, axis=1)
@@ -31,8 +33,8 @@ def encode_periodic(ring: Ring, slots: Complex, scale: float) -> list[Any]:
     if period > MOST:
         whole = ring.parameters.slots // period
         encoded = [ring.encode(np.tile(one, whole), scale) for one in slots]
-        least = ring.encode(np.full(ring.parameters.slots, 1 / scale, np.complex128), scale)
-        return [least if plain.is_zero() else plain for plain in encoded]
+        least = np.full(ring.parameters.slots, 1 / scale, np.complex128)
+        return [ring.encode(least, scale) if plain.is_zero() else plain for plain in encoded]
     coefficients = np.rint(scale * (slots @ _embedding(period)).real)
     coefficients[~coefficients.any(axis=1), 0] = 1
     primes = [_values(ring, coefficients, period, number) for number in range(len(ring.primes))]
@@ -53,34 +55,41 @@ def _powers(period: int) -> NDArray[np.int64]:
 
 
 def _values(ring: Ring, coefficients: NDArray[np.float64], period: int, number: int) -> Integers:
-    """Return the values [count, 2P] that the NTT form takes modulo one prime, exactly."""
+    """Return the values [count, 2P] that the NTT form takes modulo one prime: in parts, whose sums are exact."""
     prime = ring.primes[number]
-    vandermonde = _vandermonde(ring, period, number)  # limbs of the powers of Y's values
-    total: Any = 0
+    width = EXACT - PART - (2 * period).bit_length()
+    powers = _powers_of(_first(ring, period, number), prime, width)
+    total = np.zeros(coefficients.shape, np.int64)
     signs, rest, shift = np.sign(coefficients), np.abs(coefficients), 0
     while rest.any():
-        low = np.mod(rest, 1 << LIMB) * signs
-        for limb, powers in enumerate(vandermonde):
-            part = (low @ powers).astype(np.int64).astype(object)
-            total = total + part * pow(2, shift + LIMB * limb, prime)
-        rest, shift = np.floor(rest / (1 << LIMB)), shift + LIMB
-    return (total % prime).astype(np.uint64)
+        low = np.mod(rest, 1 << PART) * signs
+        for limb, part in enumerate(powers):
+            total = (total + _shifted((low @ part).astype(np.int64), shift + width * limb, prime)) % prime
+        rest, shift = np.floor(rest / (1 << PART)), shift + PART
+    return total.astype(np.uint64)
+
+
+def _shifted(values: NDArray[np.int64], bits: int, prime: int) -> NDArray[np.int64]:
+    """Return values · 2^bits modulo the prime, a few bits at a time, so that nothing overflows."""
+    values, most = values % prime, 62 - prime.bit_length()
+    while bits:
+        step = min(bits, most)
+        values, bits = (values << step) % prime, bits - step
+    return values
 
 
 @lru_cache(maxsize=32)
-def _limbs(first: tuple[int, ...], prime: int) -> tuple[NDArray[np.float64], ...]:
-    count = len(first)
-    powers = [[pow(one, k, prime) for one in first] for k in range(count)]  # [power, value]
-    limbs = range(0, prime.bit_length(), LIMB)
-    return tuple(np.array([[(v >> at) % (1 << LIMB) for v in row] for row in powers], np.float64) for at in limbs)
-
-
-def _vandermonde(ring: Ring, period: int, number: int) -> tuple[NDArray[np.float64], ...]:
-    """Return the powers [2P, 2P] of the values that Y takes in NTT form, as SEAL orders them, in limbs."""
-    return _limbs(_first(ring, period, number), ring.primes[number])
+def _powers_of(first: tuple[int, ...], prime: int, width: int) -> list[NDArray[np.float64]]:
+    """Return the powers [power, value] of the values that Y takes in NTT form, as SEAL orders them, in parts."""
+    powers = [[pow(one, k, prime) for one in first] for k in range(len(first))]
+    return [
+        np.array([[(v >> at) % (1 << width) for v in row] for row in powers], np.float64)
+        for at in range(0, prime.bit_length(), width)
+    ]
 
 
 def _first(ring: Ring, period: int, number: int) -> tuple[int, ...]:
+    """Return the values that Y takes in NTT form."""
     known = ring.known.get((period, number))
     if known is None:
         slots = np.exp(0.5j * np.pi / period * _powers(period))

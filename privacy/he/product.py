@@ -1,6 +1,7 @@
 """The server's side of an encrypted product: ciphertexts of X times weights, in the clear or encrypted too."""
 
 from collections.abc import Sequence
+from functools import cache
 from math import ceil, log2, sqrt
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from privacy.he.ciphertexts import Ciphertexts, nbytes_each
 from privacy.he.layout import Cost, Layout, Real, cheapest
+from privacy.he.parameters import Parameters
 from privacy.he.periodic import encode_periodic
 from privacy.he.seal import Ring
 
@@ -21,17 +23,19 @@ MOST_HALVINGS = 6  # of the weights' scale; each takes a bit of precision
 LINK = 100e6 / 8  # bytes a second that a transfer is reckoned at
 
 
-def plan(ring: Ring, rows: int, inner: int, outer: int, *, truncated: bool = True) -> Layout:
+@cache
+def plan(parameters: Parameters, rows: int, inner: int, outer: int, *, truncated: bool = True) -> Layout:
     """Return the layout that both sides take for X [rows, inner] · M [inner, outer]; it follows from public numbers."""
-    return cheapest(rows, inner, outer, ring.parameters.slots, costs(ring, truncated))
+    return cheapest(rows, inner, outer, parameters.slots, costs(parameters, truncated))
 
 
-def costs(ring: Ring, truncated: bool = True) -> Cost:
+@cache
+def costs(parameters: Parameters, truncated: bool = True) -> Cost:
     """Return what a ciphertext up, one down and a product take under these parameters."""
-    size = ring.parameters.degree / 2048 * len(ring.primes)
-    reply = nbytes_each(ring, "truncated" if truncated else "whole", 2)
+    size = parameters.degree / 2048 * len(parameters.data_bits)
+    reply = nbytes_each(parameters, "truncated" if truncated else "whole", 2)
     return Cost(
-        ENCRYPT_SECONDS * size + nbytes_each(ring, "seeded", 2) / LINK,
+        ENCRYPT_SECONDS * size + nbytes_each(parameters, "seeded", 2) / LINK,
         REPLY_SECONDS * size + reply / LINK,
         PRODUCT_SECONDS * size,
     )
