@@ -5,6 +5,7 @@ from experiments.bench_he import he_overhead_figures
 from experiments.bench_import import import_time
 from experiments.bench_split import split_overhead
 from experiments.experiment import Experiment
+from experiments.he_overhead import HE_OVERHEAD
 from experiments.ingredients import ATTACKS, LABEL_ATTACKS, PROTECTIONS, PROTOCOLS
 from experiments.mechanisms import MECHANISMS
 from experiments.parity import PARITY
@@ -14,7 +15,7 @@ from experiments.tradeoff import TRADEOFF
 
 __all__ = ["ATTACKS", "BENCHES", "EXPERIMENTS", "LABEL_ATTACKS", "MECHANISMS", "PROTECTIONS", "PROTOCOLS"]
 
-EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (TRADEOFF, PRIVACY_UTILITY, PARITY)}
+EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (TRADEOFF, PRIVACY_UTILITY, HE_OVERHEAD, PARITY)}
 
 BENCHES: dict[str, Bench] = {
     "split-overhead": Bench("what splitting costs in time and bytes, against the same step unsplit", split_overhead),

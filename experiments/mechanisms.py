@@ -8,7 +8,7 @@ one by one: nothing else makes an ε per sample hold.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from attacks import GradientMatching, SentLabels
 from experiments.canaries import audited_in_one_run
+from experiments.planning import sgd_noise
 from experiments.public_start import (
     CLIENT,
     SERVER,
@@ -43,7 +44,6 @@ from privacy.dp import (
     PrivateLearner,
     PrivateMean,
     RandomisedResponse,
-    calibrate,
 )
 from privacy.dp.audit import Bound, audit_guard
 from splitlearn.data import partition
@@ -183,7 +183,7 @@ def gradient(start: Start) -> Reached:
 def private_sgd(start: Start) -> Reached:
     """Train bottom and top by DP-SGD in one account; activations and labels cross in the clear."""
     sgd, private = start.sgd, start.splits.private
-    noise = _sgd_noise(start.epsilon, start.delta, sgd.rate, sgd.steps)
+    noise = sgd_noise(start.epsilon, start.delta, sgd.rate, sgd.steps)
     budget = Budget(start.epsilon, start.delta)
     client, server, batches = _private_parties(start, noise, budget, private.x, private.y)
     line = wire(server, max_nbytes=1 << 34)
@@ -330,12 +330,6 @@ def _noised(
 
 
 @cache
-def _sgd_noise(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """Return the noise multiplier of DP-SGD; a hundredth of δ is left for batches over their capacity."""
-    make = partial(GaussianRelease, sampling=rate)
-    return calibrate(make, epsilon=epsilon, delta=0.99 * delta, releases=steps)
-
-
 def _private_parties(
     start: Start, noise: float, budget: Budget, x: Tensor, y: Tensor
 ) -> tuple[PrivateLearner, PrivateLearner, PoissonBatches]:

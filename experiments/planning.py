@@ -5,7 +5,7 @@ from functools import partial
 
 from privacy.dp import GaussianRelease, LaplaceRelease, Release, ResponseRelease, calibrate, epsilon
 
-__all__ = ["plan"]
+__all__ = ["plan", "sgd_noise"]
 
 
 def plan(
@@ -28,6 +28,12 @@ def plan(
     noise = calibrate(lambda one: ResponseRelease(1 / one, classes), epsilon=target, delta=delta, releases=releases)
     answer = ResponseRelease(1 / noise, classes)
     yield _row(f"randomised response, {classes} classes", "ε of one answer", 1 / noise, answer, releases, delta)
+
+
+def sgd_noise(epsilon: float, delta: float, rate: float, steps: int) -> float:
+    """Return the noise multiplier of DP-SGD; a hundredth of δ is left for batches over their capacity."""
+    make = partial(GaussianRelease, sampling=rate)
+    return calibrate(make, epsilon=epsilon, delta=0.99 * delta, releases=steps)
 
 
 def _row(

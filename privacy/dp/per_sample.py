@@ -82,10 +82,11 @@ class PerSample:
             kept[:] = [[tensor.contiguous() for tensor in inputs] for inputs in kept]
         with warnings.catch_warnings():  # tokens have no gradient, which torch says at the first layer
             warnings.filterwarnings("ignore", "Full backward hook is firing when gradients are computed")
-            alone = None if self._proved else self._alone(x, output, rows)
             with self.watched():
-                output.backward(rows, retain_graph=self.ghost)
+                output.backward(rows, retain_graph=self.ghost or not self._proved)
             self._check_rows(len(rows))
+            # After the pass that counts: a layer whose gradient crosses a wire has it then, and asks for it once.
+            alone = None if self._proved else self._alone(x, output, rows)
             if alone is not None:
                 self._prove(rows, *alone)
             if self.ghost:

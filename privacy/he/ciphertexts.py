@@ -50,10 +50,9 @@ class Ciphertexts:
             for number in range(polynomials)
             for prime, (width, cut) in enumerate(_widths(ring.parameters, self.form, polynomials, number))
         ) + b"".join(self.seeds)
-        header = HEADER.pack(
-            MAGIC, VERSION, FORMS.index(self.form), polynomials, ring.parameters.digest, self.key, count, self.rows,
-            self.scale, zlib.crc32(body),
-        )  # fmt: skip
+        kind = FORMS.index(self.form)
+        told = MAGIC, VERSION, kind, polynomials, ring.parameters.digest, self.key, count, self.rows, self.scale
+        header = HEADER.pack(*told, zlib.crc32(body, zlib.crc32(HEADER.pack(*told, 0))))
         return torch.frombuffer(bytearray(header + body), dtype=torch.uint8)
 
     def coefficients(self, ring: Ring) -> Integers:
@@ -79,7 +78,7 @@ class Ciphertexts:
         raw = tensor.contiguous().numpy().tobytes() if tensor.dtype is torch.uint8 else b""
         refuse_key_material(raw)
         if len(raw) < HEADER.size or raw[:4] != MAGIC:
-            raise ValueError(f"expected ciphertexts, got {len(raw)} bytes of something else")
+            raise ValueError(f"expected ciphertexts in bytes, got something else: {tensor.dtype} {tuple(tensor.shape)}")
         _, version, kind, polys, digest, owner, number, rows, at, crc = HEADER.unpack_from(raw)
         got_form = FORMS[kind] if kind < len(FORMS) else f"form {kind}"
         if version != VERSION:
@@ -88,8 +87,8 @@ class Ciphertexts:
             ("of parameter set", f"{ring.parameters.digest.hex()} ({ring.parameters.in_words()})", digest.hex()),
             ("under key", key.hex(), owner.hex()),
             ("in form", form, got_form),
-            ("polynomials each:", polynomials if form != "seeded" else 1, polys),
-            ("ciphertexts:", count, number),
+            ("of polynomials each", polynomials if form != "seeded" else 1, polys),
+            ("in number", count, number),
         ):
             if wanted != got and not str(wanted).startswith(f"{got} "):
                 raise ValueError(f"expected ciphertexts {what} {wanted}, got {got}")
@@ -99,11 +98,10 @@ class Ciphertexts:
         expected = count * nbytes_each(ring.parameters, form, polynomials)
         if len(body) != expected:
             raise ValueError(f"expected {expected} bytes of ciphertexts, got {len(body)}; they were cut short")
-        if zlib.crc32(body) != crc:
-            raise ValueError(
-                f"expected ciphertexts with checksum {crc:08x}, got {zlib.crc32(body):08x}; they changed on the way"
-            )
-        return _unpacked(body, ring, form, owner, rows, scale, count, polys)
+        found = zlib.crc32(body, zlib.crc32(raw[: HEADER.size - 4] + bytes(4)))
+        if found != crc:
+            raise ValueError(f"expected ciphertexts with checksum {crc:08x}, got {found:08x}; they changed on the way")
+        return _unpacked(body, ring, form, owner, rows, at, count, polys)
 
 
 def refuse_key_material(raw: bytes) -> None:

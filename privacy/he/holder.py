@@ -20,7 +20,7 @@ from privacy.he.geometry import Geometry
 from privacy.he.layout import Layout, Real
 from privacy.he.opening import Opening, Update, as_tensor
 from privacy.he.parameters import Parameters
-from privacy.he.product import MOST_HALVINGS, Weights, halvings_for, plan, received, replied, sums
+from privacy.he.product import Weights, halvings_for, plan, received, replied, sums
 from privacy.he.seal import Ring
 from splitlearn.frames import Kind
 from splitlearn.service import Answer, named, need
@@ -28,6 +28,7 @@ from splitlearn.service import Answer, named, need
 __all__ = ["GRADIENT_BOUND", "CipherHolder", "LayerHolder", "layouts", "shared_layouts"]
 
 GRADIENT_BOUND = 1.0  # each row of a gradient is scaled to it before it is encrypted, and back after decryption
+MOST_ROWS = 1 << 24
 PATIENCE = 1  # layouts of weights that a session keeps beside the one in use
 
 
@@ -67,7 +68,13 @@ class _Holder:
     @property
     def answers(self) -> Mapping[str, Answer]:
         """What answers each verb; see ``splitlearn.service``."""
-        return {"open": self._open, "product": self._product, "product_back": self._product_back, **self._own()}
+        return {
+            "open": self._open,
+            "product": self._product,
+            "product_back": self._product_back,
+            "answer": self._answer,
+            **self._own(),
+        }
 
     def ask(self, verb: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Answer in this process, as ``Remote.ask`` does across a wire."""
@@ -88,7 +95,11 @@ class _Holder:
                 f"{opening.update}; say the same on both ends"
             )
         self._opening, self._ring = opening, Ring(opening.parameters)
+        self._opened()
         return {Kind.PARAMETERS: as_tensor(self.geometry.told())}
+
+    def _opened(self) -> None:
+        """Begin anew, under another key."""
 
     @property
     def _session(self) -> tuple[Opening, Ring]:
@@ -99,16 +110,14 @@ class _Holder:
     def _inputs(self, tensors: Mapping[str, Tensor], layout: Callable[[int], Layout]) -> tuple[list[Any], Layout, int]:
         """Return the ciphertexts that came up, checked, and the layout that they are in."""
         opening, ring = self._session
-        rows = need(tensors, Kind.COUNT)
-        if rows.numel() != 1 or not 1 <= int(rows) <= 1 << 24:
-            raise ValueError(f"{self.name}: expected how many rows the ciphertexts stand for, got {rows.tolist()}")
-        chosen = layout(int(rows))
+        rows = _count(need(tensors, Kind.COUNT), self.name)
+        chosen = layout(rows)
         fresh = Ciphertexts.of(
             need(tensors, Kind.CIPHERTEXT), ring, key=opening.key, form="seeded", polynomials=2,
             count=chosen.chunks * chosen.up,
             scale=ring.weight_scale if Update.ENCRYPTED in self.update else ring.scale,
         )  # fmt: skip
-        return received(ring, fresh), chosen, int(rows)
+        return received(ring, fresh), chosen, rows
 
     def _reply(self, products: list[Any], rows: int) -> dict[str, Tensor]:
         opening, ring = self._session
@@ -116,6 +125,11 @@ class _Holder:
         return {Kind.CIPHERTEXT: reply.tensor(ring)}
 
     def _product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Answer with a product whose gradient goes back next."""
+        raise NotImplementedError
+
+    def _answer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Answer with a product alone; what goes back next is another's."""
         raise NotImplementedError
 
     def _product_back(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,6 +156,11 @@ class LayerHolder(_Holder):
         self._lock = threading.Lock()
         self._used: tuple[Real, Real | None] | None = None  # of the last product: its gradient goes back through them
         self._packed: dict[Layout, tuple[Real, Real | None, Weights]] = {}
+        self._changes = 0  # that this session has made
+
+    def _opened(self) -> None:
+        self._used, self._changes = None, 0
+        self.forget()
 
     def session(self, name: str) -> Self:
         """Return a holder of the same weights for another client, under that client's key."""
@@ -159,19 +178,32 @@ class LayerHolder(_Holder):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the weights."""
-        self.layer.load_state_dict(dict(state))
+        try:
+            self.layer.load_state_dict(dict(state))
+        except RuntimeError as error:
+            raise ValueError(f"{self.name}: expected the state of {self.layer}; {error}") from error
 
     def _own(self) -> Mapping[str, Answer]:
         return {"change": self._change} if Update.PRIVATE in self.update else {}
 
     def _product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Enc(X·Wᵀ + b) for Enc(X)."""
+        self._session  # noqa: B018 - opened, or an error
+        with self._lock:
+            self._used = self.geometry.matrix(self.layer)
+        return self._times(tensors, self._used)
+
+    def _answer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return Enc(X·Wᵀ + b) for Enc(X), of which nothing goes back."""
+        with self._lock:
+            own = self.geometry.matrix(self.layer)
+        return self._times(tensors, own)
+
+    def _times(self, tensors: Mapping[str, Tensor], own: tuple[Real, Real | None]) -> dict[str, Tensor]:
         opening, ring = self._session
         inputs, layout, rows = self._inputs(tensors, lambda rows: self._layouts(rows)[0])
         begun = time.perf_counter()
-        with self._lock:
-            self._used = self.geometry.matrix(self.layer)
-        weights = self._weights(layout, self._used, opening.bound)
+        weights = self._weights(layout, own, opening.bound)
         products = sums(ring, layout, inputs, weights.plain, weights.bias)
         reply = self._reply(products, rows)
         self.seconds["product"] += time.perf_counter() - begun
@@ -198,7 +230,13 @@ class LayerHolder(_Holder):
         return reply
 
     def _change(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add a client's noised step to the weights."""
+        """Add a client's noised step to the weights; one that comes again, since its answer was lost, once."""
+        self._session  # noqa: B018 - opened, or an error
+        number = _count(need(tensors, Kind.COUNT), self.name)
+        if number == self._changes:
+            return {}
+        if number != self._changes + 1:
+            raise ValueError(f"{self.name}: expected change {self._changes + 1} of this session, got {number}")
         changes = named(tensors, Kind.UPDATE)
         own = dict(self.layer.named_parameters())
         wrong = [
@@ -213,6 +251,7 @@ class LayerHolder(_Holder):
         with self._lock, torch.no_grad():
             for name, change in changes.items():
                 own[name].add_(change.to(own[name]))
+            self._changes = number
         return {}
 
     def _layouts(self, rows: int) -> tuple[Layout, Layout]:
@@ -243,6 +282,10 @@ class CipherHolder(_Holder):
         super().__init__(name, Geometry.of(layer))  # of its shape alone
         self.update = frozenset({Update.ENCRYPTED})
         self._held: list[list[Any]] = []  # [down][up] of the forward layout
+        self._used: list[list[Any]] = []  # those of the last product: its gradient goes back through them
+
+    def _opened(self) -> None:
+        self._held, self._used = [], []
 
     def session(self, name: str) -> Self:
         """Refuse: weights under one client's key are of no use to another."""
@@ -257,7 +300,7 @@ class CipherHolder(_Holder):
         forward, _ = shared_layouts(opening.parameters, opening.rows, self.geometry)
         fresh = Ciphertexts.of(
             need(tensors, Kind.CIPHERTEXT), ring, key=opening.key, form="seeded", polynomials=2,
-            count=forward.down * forward.up, scale=ring.scale, halvings=MOST_HALVINGS,
+            count=forward.down * forward.up, scale=ring.scale,
         )  # fmt: skip
         flat = received(ring, fresh)
         self._held = [flat[at : at + forward.up] for at in range(0, len(flat), forward.up)]
@@ -265,21 +308,25 @@ class CipherHolder(_Holder):
 
     def _product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Enc(X·Wᵀ) for Enc(X) and Enc(W)."""
-        return self._by(tensors, 0)
+        self._used = self._held
+        return self._by(tensors, 0, self._held)
+
+    def _answer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return Enc(X·Wᵀ) for Enc(X) and Enc(W), of which nothing goes back."""
+        return self._by(tensors, 0, self._held)
 
     def _product_back(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Enc(G·W) for Enc(G) and Enc(W)."""
-        return self._by(tensors, 1)
+        return self._by(tensors, 1, [list(column) for column in zip(*self._used, strict=True)])
 
-    def _by(self, tensors: Mapping[str, Tensor], way: int) -> dict[str, Tensor]:
+    def _by(self, tensors: Mapping[str, Tensor], way: int, grid: list[list[Any]]) -> dict[str, Tensor]:
         opening, ring = self._session
-        if not self._held:
-            raise ValueError(f"{self.name}: expected encrypted weights first, got none")
+        if not grid:
+            raise ValueError(f"{self.name}: expected encrypted weights and a product first, got none")
         inputs, layout, rows = self._inputs(
             tensors, lambda rows: shared_layouts(opening.parameters, opening.rows, self.geometry)[way]
         )
         begun = time.perf_counter()
-        grid = self._held if way == 0 else [list(column) for column in zip(*self._held, strict=True)]
         reply = self._reply(sums(ring, layout, inputs, grid), rows)
         self.seconds["product"] += time.perf_counter() - begun
         return reply
@@ -287,3 +334,10 @@ class CipherHolder(_Holder):
 
 def _equal(one: Real | None, other: Real | None) -> bool:
     return one is other or (one is not None and other is not None and np.array_equal(one, other))
+
+
+def _count(tensor: Tensor, name: str) -> int:
+    """Return the number that came, a whole one from 1 on."""
+    if tensor.numel() != 1 or tensor.is_floating_point() or not 1 <= int(tensor) <= MOST_ROWS:
+        raise ValueError(f"{name}: expected a whole number from 1 to {MOST_ROWS}, got {tensor.flatten()[:8].tolist()}")
+    return int(tensor)

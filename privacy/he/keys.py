@@ -13,7 +13,7 @@ from privacy.he.seal import Ring
 
 __all__ = ["Keys", "OutOfRange", "within"]
 
-OutOfRange = Literal["raise", "clip"]
+OutOfRange = Literal["raise", "clip"]  # what becomes of inputs that are
 
 
 class Keys:
@@ -62,7 +62,9 @@ class Keys:
     def decrypt(self, ciphertexts: Ciphertexts) -> Complex:
         """Return the slots [count, slots] of a reply; ``ValueError`` where they are out of any product's range.
 
-        What another key, or a changed ciphertext, decrypts to is spread over the whole modulus, far out of range.
+        What another key decrypts to is spread over the whole modulus, far out of range, and so is most of what was
+        changed on the way. A change to a few coefficients of c₀ may stay within: CKKS is malleable, and a checksum no
+        signature.
         """
         ring, found = self.ring, []
         for integers in ciphertexts.integers:
@@ -83,18 +85,18 @@ class Keys:
         return slots
 
 
-def within(values: NDArray[Any], bound: float, what: str, out_of_range: OutOfRange) -> tuple[Real, int]:
-    """Return the values within ±``bound``, and how many were clipped; CKKS would wrap them around without a word.
+def within(values: NDArray[Any], bound: float, what: str) -> Real:
+    """Return the values, all within ±``bound``: CKKS would wrap others around without a word.
 
-    Raises ``ValueError`` for nan and inf, and for what is out of range unless it is to be clipped.
+    Raises ``ValueError`` for nan and inf, and for what is out of range.
     """
     wide = np.asarray(values, dtype=np.float64)
     if not np.isfinite(wide).all():
         raise ValueError(f"expected finite {what} to encrypt, got nan or inf; the training has diverged")
     outside = int((np.abs(wide) > bound).sum())
-    if outside and out_of_range == "raise":
+    if outside:
         raise ValueError(
             f"expected {what} within ±{bound:g}, got {np.abs(wide).max():.4g} ({outside} of {wide.size} out of range); "
             "give a greater bound, scale them down, or ask to clip them: out_of_range='clip'"
         )
-    return (np.clip(wide, -bound, bound) if outside else wide), outside
+    return wide

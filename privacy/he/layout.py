@@ -48,6 +48,8 @@ class Layout:
             raise ValueError(
                 f"expected at least one row, input and output, got {self.rows}, {self.inner}, {self.outer}"
             )
+        if self.fold not in FOLDS:
+            raise ValueError(f"expected a fold among {', '.join(FOLDS)}, got {self.fold!r}")
         if self.tile < 1 or self.replicas < 1 or self.period * self.height > self.slots:
             raise ValueError(
                 f"expected a tile and replicas of 1 or more, whose product, as a power of 2, fits {self.slots} slots "
@@ -170,22 +172,21 @@ class Cost:
 
 
 def cheapest(rows: int, inner: int, outer: int, slots: int, cost: Cost) -> Layout:
-    """Return the layout that takes least: for each period and number of uploads the least tile, and all replicas.
+    """Return the layout that takes least: for each number of uploads the least tile, and all the replicas that fit.
 
     A greater tile that needs as many uploads only takes room from replicas, and more replicas never cost more; so no
     other layout needs to be looked at.
     """
     height = ceil(rows / ceil(rows / slots))
+    room = 1 << (slots // height).bit_length() - 1  # the greatest period
     best: tuple[float, Layout] | None = None
     for fold in FOLDS:
         entries = ceil(inner / (2 if fold == "up" else 1))
         groups = ceil(outer / (2 if fold == "down" else 1))
-        for power in range((slots // height).bit_length()):
-            period = 1 << power
-            for tile in sorted({ceil(entries / ceil(entries / most)) for most in range(1, min(entries, period) + 1)}):
-                layout = Layout(rows, inner, outer, slots, tile, min(groups, period // tile), fold)
-                spent = cost.of(layout)
-                if best is None or spent < best[0]:
-                    best = spent, layout
+        for tile in sorted({ceil(entries / ceil(entries / most)) for most in range(1, min(entries, room) + 1)}):
+            layout = Layout(rows, inner, outer, slots, tile, min(groups, room // tile), fold)
+            spent = cost.of(layout)
+            if best is None or spent < best[0]:
+                best = spent, layout
     assert best is not None
     return best[1]

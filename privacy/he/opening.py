@@ -42,6 +42,14 @@ class Opening:
     update: Update
     rows: int = 0  # that encrypted weights are packed for
 
+    def __post_init__(self) -> None:
+        least = 1 if self.update is Update.ENCRYPTED else 0
+        if len(self.key) != 8 or not 0 < self.bound < float("inf") or not least <= self.rows <= 1 << 24:
+            raise ValueError(
+                f"expected a key id of 8 bytes, a finite bound above 0 and at least {least} rows, got "
+                f"{len(self.key)} bytes, {self.bound} and {self.rows}"
+            )
+
     def tensor(self) -> Tensor:
         """Return what crosses."""
         one = self.parameters
@@ -65,7 +73,7 @@ class Opening:
                 parameters, bytes.fromhex(told["key"]), float(told["bound"]), bool(told["truncated"]),
                 Update(told["update"]), int(told["rows"]),
             )  # fmt: skip
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"expected parameters, key id and bounds of a client, got {sorted(told)}") from error
 
 
@@ -80,7 +88,7 @@ def as_object(tensor: Tensor) -> dict[str, Any]:
     refuse_key_material(raw)
     try:
         told = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"expected public parameters as JSON, got {len(raw)} bytes of something else; keys and TenSEAL contexts "
             "stay with the client"

@@ -64,7 +64,7 @@ class Parameters:
             warn(
                 f"{self.name}: {self.modulus_bits} bits of modulus at degree {self.degree} are within SEAL's limit for "
                 f"128 bits of security and above the {GUIDELINES_2024[self.degree]} of the guidelines of 2024",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     @property
@@ -119,7 +119,7 @@ class Parameters:
 
         A reply is decrypted as c₀ + c₁·s + c₂·s², so that what is cut off c₀ counts as it is, and what is cut off the
         others times the norm of s (√(2N/3), ternary) or of s² (2N/3). Each is cut where it moves a slot by no more than
-        rounding of the weights does to an input of 1. All remaining widths are multiples of 4.
+        rounding of N coefficients of weights would, for an input of 1. All remaining widths are multiples of 4.
         """
         secret = 2 * self.degree / 3
         dropped = []

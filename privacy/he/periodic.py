@@ -22,24 +22,19 @@ EXACT = 53  # bits that double precision holds
 
 
 def encode_periodic(ring: Ring, slots: Complex, scale: float) -> list[Any]:
-    """Return the plaintexts of slots [count, period], each repeated over all slots.
-
-    None is 0, since SEAL refuses a product by 0: what would be rounded to 0 throughout is the least there is,
-    1 / ``scale`` in every slot.
-    """
+    """Return the plaintexts of slots [count, period], each repeated over all slots; None for those that round to 0."""
     if slots.shape[1] == 1:  # 3 is of order P modulo 4P from P = 2 on
         slots = np.repeat(slots, 2, axis=1)
     period = slots.shape[1]
     if period > MOST:
         whole = ring.parameters.slots // period
         encoded = [ring.encode(np.tile(one, whole), scale) for one in slots]
-        least = np.full(ring.parameters.slots, 1 / scale, np.complex128)
-        return [ring.encode(least, scale) if plain.is_zero() else plain for plain in encoded]
+        return [None if plain.is_zero() else plain for plain in encoded]
     coefficients = np.rint(scale * (slots @ _embedding(period)).real)
-    coefficients[~coefficients.any(axis=1), 0] = 1
     primes = [_values(ring, coefficients, period, number) for number in range(len(ring.primes))]
     values = np.repeat(np.stack(primes, 1), ring.parameters.degree // (2 * period), axis=2)
-    return [ring.plain_from_integers(one, scale) for one in values]
+    some = coefficients.any(axis=1).tolist()
+    return [ring.plain_from_integers(one, scale) if there else None for one, there in zip(values, some, strict=True)]
 
 
 @lru_cache(maxsize=16)

@@ -19,6 +19,7 @@ __all__ = ["MOST_HALVINGS", "Weights", "halvings_for", "plan", "received", "repl
 ENCRYPT_SECONDS = 4e-4  # encode, encrypt, pack, unpack
 REPLY_SECONDS = 3e-4  # pack, unpack, decrypt, decode
 PRODUCT_SECONDS = 4e-5  # encode a weight, multiply, add
+MARGIN = 1 - 2**-10  # of the range: primes are somewhat below a power of 2, and errors come on top
 MOST_HALVINGS = 6  # of the weights' scale; each takes a bit of precision
 LINK = 100e6 / 8  # bytes a second that a transfer is reckoned at
 
@@ -53,6 +54,10 @@ class Weights:
         slots = layout.periods(m).reshape(-1, layout.period)
         flat = encode_periodic(ring, slots, scale)
         self.plain = [flat[at : at + layout.up] for at in range(0, len(flat), layout.up)]  # [down][up]
+        for row in self.plain:
+            if not any(row):  # a product by 0 is no ciphertext, says SEAL: the least weight there is stands in for one
+                least = np.full(ring.parameters.slots, 1 / scale, np.complex128)
+                row[0] = ring.encode(least, scale)
         self.bias = None if b is None else encode_periodic(ring, layout.bias_periods(b), ring.scale * scale)
 
 
@@ -66,7 +71,7 @@ def halvings_for(ring: Ring, layout: Layout, m: Real, b: Real | None, bound: flo
     greatest = bound * (sqrt(2) if layout.fold == "up" else 1)
     sums = np.abs(layout.periods(m)).sum(1) * greatest
     worst = float(sums.max()) + (0.0 if b is None else sqrt(layout.out_fold) * float(np.abs(b).max()))
-    limit = ring.parameters.range
+    limit = ring.parameters.range * MARGIN
     halvings = max(0, ceil(log2(worst / limit))) if worst else 0
     if halvings > MOST_HALVINGS:
         raise ValueError(
@@ -94,22 +99,26 @@ def sums(
 ) -> list[Any]:
     """Return for each chunk and each reply Σ over tiles of input × weight, plus the bias.
 
-    ``weights`` [down][up] are plaintexts, or ciphertexts, of which a product has three polynomials: there is no
-    relinearisation, and no key for it.
+    ``weights`` [down][up] are plaintexts, None where they are 0, or ciphertexts, of which a product has three
+    polynomials: there is no relinearisation, and no key for it.
     """
     evaluator, replies = ring.evaluator, []
-    encrypted = isinstance(weights[0][0], ring.api.Ciphertext)
+    encrypted = any(isinstance(one, ring.api.Ciphertext) for one in weights[0])
     multiply = evaluator.multiply if encrypted else evaluator.multiply_plain
     for chunk in range(layout.chunks):
         tiles = inputs[chunk * layout.up : (chunk + 1) * layout.up]
         for number, row in enumerate(weights):
-            total = ring.new()
-            multiply(tiles[0], row[0], total)
-            for tile, weight in zip(tiles[1:], row[1:], strict=True):
+            total = None
+            for tile, weight in zip(tiles, row, strict=True):
+                if weight is None:
+                    continue
                 term = ring.new()
                 multiply(tile, weight, term)
-                evaluator.add_inplace(total, term)
-            if bias is not None:
+                if total is None:
+                    total = term
+                else:
+                    evaluator.add_inplace(total, term)
+            if bias is not None and bias[number] is not None:
                 evaluator.add_plain_inplace(total, bias[number])
             replies.append(ring.reduced(total))
     return replies

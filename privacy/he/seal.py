@@ -43,7 +43,10 @@ class Ring:
         self.api = api = load("tenseal.sealapi")
         chosen = api.EncryptionParameters(api.SCHEME_TYPE.CKKS)
         chosen.set_poly_modulus_degree(parameters.degree)
-        chosen.set_coeff_modulus(api.CoeffModulus.Create(parameters.degree, list(parameters.prime_bits)))
+        try:
+            chosen.set_coeff_modulus(api.CoeffModulus.Create(parameters.degree, list(parameters.prime_bits)))
+        except RuntimeError as error:
+            raise ValueError(f"expected primes that SEAL has, got {parameters.in_words()}: {error}") from error
         self.context = api.SEALContext(chosen, True, api.SEC_LEVEL_TYPE.TC128)
         if not self.context.parameters_set():
             raise ValueError(f"{parameters.in_words()}: SEAL refuses it: {self.context.parameters_error_message()}")

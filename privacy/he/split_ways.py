@@ -6,6 +6,7 @@ crosses in the clear is what the papers send.
 """
 
 from collections.abc import Mapping
+from typing import Self
 from warnings import warn
 
 import torch
@@ -37,10 +38,16 @@ class SplitWaysHolder(LayerHolder):
     ``optimizer`` is over ``layer``. See ``split_ways`` for what this server learns.
     """
 
-    def __init__(self, name: str, layer: nn.Linear, optimizer: torch.optim.Optimizer | None):
+    def __init__(self, name: str, layer: nn.Module, optimizer: torch.optim.Optimizer | None):
         super().__init__(name, layer)
         self.optimizer = optimizer
         warn(f"{name}: split-ways is LEAKY, and a baseline: its server reads every label", stacklevel=2)
+
+    def session(self, name: str) -> Self:
+        """Return a server of the same weights and optimizer for another client, under that client's key."""
+        other = type(self)(name, self.layer, self.optimizer)
+        other._lock = self._lock
+        return other
 
     def _own(self) -> Mapping[str, Answer]:
         return {"backward": self._backward}
@@ -49,13 +56,20 @@ class SplitWaysHolder(LayerHolder):
         """Take ∂J/∂h and ∂J/∂W in the clear, return ∂J/∂a = ∂J/∂h · W in the clear, and step."""
         layer, g = self.layer, need(tensors, Kind.GRADIENT)
         assert isinstance(layer, nn.Linear)
-        if g.ndim != 2 or g.shape[1] != layer.out_features or not torch.isfinite(g).all():
-            raise ValueError(f"{self.name}: expected a finite gradient [n, {layer.out_features}], got {tuple(g.shape)}")
+        own = {_WEIGHT: layer.weight, **({} if layer.bias is None else {_BIAS: layer.bias})}
+        sent = {key: tensors[key] for key in own if key in tensors}
+        fits = sent.keys() == own.keys() and all(
+            sent[key].shape == own[key].shape and bool(torch.isfinite(sent[key]).all()) for key in own
+        )
+        if g.ndim != 2 or g.shape[1] != layer.out_features or not torch.isfinite(g).all() or not fits:
+            raise ValueError(
+                f"{self.name}: expected a finite gradient [n, {layer.out_features}] and those of {layer}, "
+                f"got {', '.join(f'{key} {tuple(tensor.shape)}' for key, tensor in tensors.items())}"
+            )
         back = linear(g, layer.weight.detach().T)
         if self.optimizer is not None:
-            layer.weight.grad = tensors[_WEIGHT].to(layer.weight)
-            if layer.bias is not None:
-                layer.bias.grad = tensors[_BIAS].to(layer.bias)
+            for key, parameter in own.items():
+                parameter.grad = sent[key].to(parameter)
             self.optimizer.step()
         return {Kind.GRADIENT: back}
 
