@@ -57,6 +57,7 @@ class Setup:
     epsilon: float = 8.0
     delta: float = 1e-5
     clip: float = 1.0
+    dp_lr: float = 0.5  # of plain SGD, where noise is added: Adam would divide by it
     max_nbytes: int = 0  # of the transcript that is kept
 
     @property
@@ -133,7 +134,7 @@ def plain(setup: Setup) -> Ready:
 
 
 def plain_dp(setup: Setup) -> Ready:
-    """The same DP-SGD as ``he_u_dp``'s, bottom, layer and head in one place and in the clear: what noise alone costs."""
+    """The same DP-SGD as ``he_u_dp``'s, all in one place and in the clear: what noise alone costs."""
     bottom, layer, head = setup.parts()
     client, batches, account = _private(setup, nn.Sequential(bottom, layer, head))
     line = wire(client, max_nbytes=setup.max_nbytes)  # nothing crosses
@@ -269,7 +270,8 @@ def _party(setup: Setup, name: str, stage: nn.Module) -> Learner:
 
 def _joint(setup: Setup, stage: nn.Module, clip: float, noise: float) -> PrivateLearner:
     """Return one party that clips all of a sample's gradients together, and draws noise once."""
-    optimizer = optimizer_for(stage, setup.training)
+    noised = not isinf(setup.epsilon)
+    optimizer = torch.optim.SGD(stage.parameters(), setup.dp_lr) if noised else optimizer_for(stage, setup.training)
     assert optimizer is not None
     return PrivateLearner(
         CLIENT, stage, optimizer, clip=clip, noise_multiplier=noise, expected_batch_size=setup.expected,

@@ -1,4 +1,4 @@
-"""What encryption on the cut costs: accuracy, seconds and bytes an epoch, of each protocol and preset, and its leaks."""
+"""What encryption on the cut costs in accuracy, seconds and bytes an epoch, each protocol and preset; and its leaks."""
 
 import time
 import warnings
@@ -44,6 +44,7 @@ class Config:
     )
     delta: float = field(default=1e-5, metadata={"help": "δ of every claim"})
     clip: float = field(default=1.0, metadata={"help": "norm that all of a sample's gradients are cut to, together"})
+    dp_lr: float = field(default=0.5, metadata={"help": "learning rate of plain SGD where noise is added"})
     cut: str = field(default="default", metadata={"help": "last layer below the cut; default: below the last weights"})
     epochs: int = field(default=10, metadata={"help": "epochs of training"})
     batch_size: int = field(default=64, metadata={"help": "samples in a batch; expected samples where drawn by chance"})
@@ -87,7 +88,11 @@ class Trial:
             "way": self.way,
             "parameters": None if parameters is None else asdict(parameters),
             "epsilon": "none" if isinf(self.epsilon) else self.epsilon,
-            **({"delta": self.config.delta, "clip": self.config.clip} if not isinf(self.epsilon) else {}),
+            **(
+                {name: getattr(self.config, name) for name in ("delta", "clip", "dp_lr")}
+                if not isinf(self.epsilon)
+                else {}
+            ),
         }
 
 
@@ -102,8 +107,10 @@ def tasks(config: Config, options: Options) -> list[Task]:
         raise ValueError(f"expected at least one preset among {', '.join(PRESETS)}, got none")
     if not all(0 < one < inf for one in config.epsilons):
         raise ValueError(f"expected --epsilons above 0, got {','.join(map(str, config.epsilons))}")
-    if not 0 < config.clip < inf:
-        raise ValueError(f"expected --clip above 0, got {config.clip}")
+    for name in ("clip", "dp_lr"):
+        if not 0 < getattr(config, name) < inf:
+            option = name.replace("_", "-")
+            raise ValueError(f"expected --{option} above 0, got {getattr(config, name)}")
     sizes = sizes_of(options.data, private=config.private)
     device = device_of(options.device)
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
@@ -154,7 +161,7 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     way, epochs = WAYS[trial.way], trial.training.epochs
     setup = Setup(
         splits, trial.training, trial.parameters or PRESETS["fast"](), trial.epsilon, trial.config.delta,
-        trial.config.clip,
+        trial.config.clip, trial.config.dp_lr,
     )  # fmt: skip
     ready = way.ready(setup)
     seconds: dict[str, float] = {}
@@ -195,7 +202,7 @@ def _leakage(trial: Trial, splits: Splits) -> list[Leakage]:
     """Return what the server makes of the first batches of a training of its own, which is then given up."""
     setup = Setup(
         splits, replace(trial.training, epochs=1), trial.parameters or PRESETS["fast"](), trial.epsilon,
-        trial.config.delta, trial.config.clip, TRANSCRIPT,
+        trial.config.delta, trial.config.clip, trial.config.dp_lr, TRANSCRIPT,
     )  # fmt: skip
     ready = WAYS[trial.way].ready(setup)
     labels: list[Tensor] = []

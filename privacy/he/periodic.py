@@ -33,7 +33,7 @@ def encode_periodic(ring: Ring, slots: Complex, scale: float) -> list[Any]:
     coefficients = np.rint(scale * (slots @ _embedding(period)).real)
     primes = [_values(ring, coefficients, period, number) for number in range(len(ring.primes))]
     values = np.repeat(np.stack(primes, 1), ring.parameters.degree // (2 * period), axis=2)
-    some = coefficients.any(axis=1).tolist()
+    some: list[bool] = coefficients.any(axis=1).tolist()  # type: ignore[assignment]
     return [ring.plain_from_integers(one, scale) if there else None for one, there in zip(values, some, strict=True)]
 
 
