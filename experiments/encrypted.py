@@ -6,7 +6,8 @@ and a head. Client and server share this process; real frames lie in between.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import isinf
+from math import exp, isinf
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from experiments.planning import sgd_noise
 from experiments.setups import UNLABELLED, counted, train_unsplit
 from experiments.training import Trained, Training, build_model, optimizer_for
 from privacy.dp import Account, Adjacency, Budget, PaddedCrossEntropy, PoissonBatches, PrivateLearner
+from privacy.dp.poisson import capacity_for
 from privacy.he import (
     FAST,
     LEAKS,
@@ -284,11 +286,16 @@ def _private(setup: Setup, stage: nn.Module) -> tuple[PrivateLearner, PoissonBat
     private = setup.splits.private
     rate = setup.expected / len(private)
     steps = setup.training.epochs * round(1 / rate)
-    client = _joint(setup, stage, setup.clip, sgd_noise(setup.epsilon, setup.delta, rate, steps))
+    # Half of δ for batches over their capacity: the noise hardly grows, and twice the expected rows then mostly do.
+    failure = setup.delta / 2 / (steps * (1 + exp(min(setup.epsilon, 600))))
+    least, room = capacity_for(len(private) + 1, rate, failure), 2 * setup.expected
+    rows: dict[str, Any] = {"capacity": room, "physical": room} if least <= room else {"physical": setup.expected}
+    delta = setup.delta / 2 if least <= room else setup.delta
+    client = _joint(setup, stage, setup.clip, sgd_noise(setup.epsilon, delta, rate, steps))
     budget = Budget(setup.epsilon, setup.delta)
     account = budget.account(SERVER, CLIENT, Adjacency.ADD_REMOVE_SAMPLE, shaped_by=[client], model="central")
     batches = PoissonBatches(
         private.x, private.y, rate=rate, account=account, parties=[client], steps=steps,
-        physical=setup.training.batch_size, seed=setup.training.seed,
+        seed=setup.training.seed, **rows,
     )  # fmt: skip
     return client, batches, account

@@ -18,18 +18,11 @@ from torch import Tensor, nn
 from privacy.he import FAST, PRECISE, CipherHolder, EncryptedLayer, Keys, LayerHolder, Parameters, tight
 from privacy.he.opening import Opening, Update, as_tensor
 from splitlearn import Kind, wire
+from splitlearn.service import keyed
 
 MODES = ["frozen", "private", "encrypted"]
 
 
-def bug(what: str) -> pytest.MarkDecorator:
-    """Mark what fails as long as the package has this fault; the mark goes with the fault."""
-    return pytest.mark.xfail(reason=what)
-
-
-SCALE = bug("a scale that was halved is read as if it were not")
-ESCAPES = bug("another exception than ValueError, which no carrier turns into an answer")
-UNCHECKED = bug("an opening is not checked")
 Holder = LayerHolder | CipherHolder
 
 
@@ -175,6 +168,21 @@ def test_either_type_at_either_precision(
     assert_same_layer(plain, layer, torch.randn(6, 9, dtype=dtype).clamp(-4, 4), parameters)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_rounded_and_no_worse(dtype: torch.dtype) -> None:
+    plain = nn.Linear(9, 4)
+    layer = EncryptedLayer(keys(), LayerHolder("server", plain))
+    x = torch.randn(6, 9).clamp(-4, 4).to(dtype).requires_grad_()
+    y = layer(x)
+    expected = plain(x.detach().float())
+    assert (y - expected).abs().max() <= tolerance(x, plain.weight) + torch.finfo(dtype).eps * expected.abs().max()
+    g = torch.randn(6, 4).to(dtype)
+    (found,) = torch.autograd.grad(y, x, g)
+    back = g.float() @ plain.weight.detach()
+    bound = tolerance(torch.full((1, 4), 2.0), plain.weight.T) * float(g.abs().max())
+    assert (found - back).abs().max() <= bound + torch.finfo(dtype).eps * back.abs().max()
+
+
 def test_precise_is_ten_times_as_precise_as_fast() -> None:
     plain, x = nn.Linear(30, 8).double(), torch.rand(16, 30, dtype=torch.float64)
     error = {}
@@ -210,7 +218,7 @@ def test_without_gradients_one_product_crosses_and_evaluation_changes_nothing(up
     with torch.no_grad():
         assert not layer(x).requires_grad
     assert_close(layer.eval()(x), plain(x), tolerance(x, plain.weight))
-    assert [verb for verb in noted.verbs if verb != "weights_encrypted"] == ["open", "product", "product"]
+    assert [verb for verb in noted.verbs if verb != "weights_encrypted"] == ["open", "answer", "product"]
 
 
 @pytest.mark.parametrize("update", MODES)
@@ -225,7 +233,7 @@ def test_no_gradient_goes_up_for_an_input_that_asks_for_none(update: str) -> Non
         plain(x).sum().backward()
         assert layer.weight is not None
         assert_close(layer.weight.grad, plain.weight.grad, 1e-5)  # float32's rounding of sums of three
-    assert "product_back" not in noted.verbs
+    assert not {"product", "product_back"} & set(noted.verbs)
 
 
 @pytest.mark.parametrize("update", MODES)
@@ -266,6 +274,50 @@ def test_what_is_out_of_range_is_clipped_and_counted() -> None:
         assert layer.clipped == 2 * times
 
 
+@pytest.mark.parametrize("update", MODES)
+def test_it_is_clipped_by_default_where_an_end_of_training_would_tell_of_a_sample(update: str) -> None:
+    plain, x = nn.Linear(3, 2), torch.full((2, 3), 33.0)
+    layer = encrypted(plain, update, holder_of(plain, update))
+    assert layer.bound == 32
+    if update == "private":
+        assert_close(layer(x), plain(x.clamp(-32, 32)), 2 * tolerance(x, plain.weight))  # where scales are halved
+        assert layer.clipped == 6
+        return
+    with pytest.raises(ValueError, match=r"activations within ±32, got 33 \(6 of 6 out of range\)"):
+        layer(x)
+
+
+@pytest.mark.parametrize("bound", [0.1, 0.3, 1 / 3])
+def test_it_is_clipped_to_bounds_that_float32_lacks(bound: float) -> None:
+    plain, x = nn.Linear(3, 2), torch.full((2, 3), 33.0)
+    layer = EncryptedLayer(keys(), LayerHolder("server", plain), bound=bound, out_of_range="clip")
+    assert_close(layer(x), plain(x.clamp(-bound, bound)), tolerance(x.clamp(-bound, bound), plain.weight))
+
+
+@pytest.mark.parametrize("update", ["private", "encrypted"])
+@pytest.mark.parametrize("plain", [nn.Linear(4, 3), nn.Conv1d(2, 3, 2, padding=1)], ids=["linear", "conv1d"])
+def test_gradients_under_clipping_are_those_of_the_clipped_input(plain: nn.Module, update: str) -> None:
+    layer = encrypted(plain, update, holder_of(plain, update), bound=1.0, out_of_range="clip")
+    x = 2 * torch.randn(4, 4) if isinstance(plain, nn.Linear) else 2 * torch.randn(4, 2, 5)
+    near, far = (x.clone().requires_grad_() for _ in range(2))
+    expected, found = plain(near.clamp(-1, 1)), layer(far)
+    g = torch.randn_like(expected)
+    plain.zero_grad()
+    expected.backward(g)
+    found.backward(g)
+    assert layer.weight is not None
+    assert_close(layer.weight.grad, plain.weight.grad, 1e-4)  # float32's rounding of sums of at most 24
+    out = x.abs() > 1
+    assert out.any()
+    assert far.grad is not None
+    assert near.grad is not None
+    assert not far.grad[out].any()
+    assert far.grad[~out].all()
+    # A row of g is scaled to 1 and back, and an input of a convolution is in two windows.
+    back = 2 * tolerance(torch.ones(1, 3), plain.weight.transpose(0, 1))
+    assert_close(far.grad, near.grad, back * float(g.abs().max()))
+
+
 @pytest.mark.parametrize("out_of_range", ["raise", "clip"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_number_is_refused_before_it_crosses(value: float, out_of_range: Any) -> None:
@@ -291,7 +343,6 @@ def test_weights_that_are_no_numbers_are_refused(update: str) -> None:
         layer(torch.rand(2, 3))
 
 
-@SCALE
 @pytest.mark.parametrize("update", MODES)
 @pytest.mark.parametrize("times", [40.0, 80.0])
 def test_great_weights_cost_digits_and_nothing_else(times: float, update: str) -> None:
@@ -302,7 +353,7 @@ def test_great_weights_cost_digits_and_nothing_else(times: float, update: str) -
     x = torch.rand(4, 6, requires_grad=True)
     y = layer(x)
     (g,) = torch.autograd.grad(y.sum(), x)
-    slack = 2**6  # the most that the weights' scale is halved by
+    slack = 2**6  # the most that the weights' scale is halved by, or encrypted weights are shrunk
     assert_close(y, plain(x), slack * tolerance(x, plain.weight))
     assert_close(g, plain.weight.sum(0).expand(4, 6), slack * tolerance(torch.ones(1, 4), plain.weight.T))
 
@@ -317,7 +368,6 @@ def test_weights_too_great_for_the_range_are_refused(update: str) -> None:
         layer(torch.rand(4, 6))
 
 
-@bug("the scale of a row overflows")
 def test_a_gradient_near_the_least_double_is_no_error() -> None:
     plain = nn.Linear(3, 2).double()
     layer = EncryptedLayer(keys(), LayerHolder("server", plain))
@@ -385,7 +435,7 @@ def test_weight_gradients_in_the_clear_are_refused_and_the_reason_given(make: Ca
         ({"bound": 0.0}, "expected a finite bound above 0"),
         ({"bound": float("inf")}, "expected a finite bound above 0"),
         ({"bound": float("nan")}, "expected a finite bound above 0"),
-        ({"out_of_range": "wrap"}, "raise or clip beyond it, got 8.0 and 'wrap'"),
+        ({"out_of_range": "wrap"}, "raise or clip beyond it, got 32.0 and 'wrap'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_crosses(options: dict[str, Any], says: str) -> None:
@@ -453,7 +503,6 @@ def test_a_step_that_is_not_noised_is_refused_and_nothing_crosses(which: str, ac
     assert all(torch.equal(before[name], tensor) for name, tensor in plain.state_dict().items())
 
 
-@bug("the permission of a step that changed nothing stays")
 def test_a_step_that_changed_nothing_does_not_let_the_next_one_pass() -> None:
     plain = nn.Linear(3, 2)
     noted = Noted(LayerHolder("server", plain, update="private"))
@@ -465,6 +514,109 @@ def test_a_step_that_changed_nothing_does_not_let_the_next_one_pass() -> None:
     with pytest.raises(ValueError, match="expected weights that change by DP-SGD alone"):
         layer(torch.rand(4, 3))
     assert "change" not in noted.verbs
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_step_of_nothing_takes_the_leave_of_the_one_before_it(steps: int) -> None:
+    plain = nn.Linear(3, 2)
+    noted = Noted(LayerHolder("server", plain, update="private"))
+    layer = EncryptedLayer(keys(), noted, update="private")
+    assert layer.weight is not None
+    for number in range(steps):
+        if number == 0:
+            with torch.no_grad():
+                layer.weight += 1
+        layer.pass_on()
+        assert not layer._released
+    assert noted.verbs == ["open", "change"]
+    with torch.no_grad():
+        layer.weight += 1
+    with pytest.raises(ValueError, match="expected weights that change by DP-SGD alone"):
+        layer(torch.rand(4, 3))
+
+
+class Losing:
+    """A holder whose answers to changes are lost, so many of them, after it has heard what it was asked."""
+
+    def __init__(self, holder: Any, lost: int):
+        self.holder, self.lost = holder, lost
+        self.counts = list[int]()
+
+    def ask(self, verb: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        reply = self.holder.ask(verb, tensors)
+        if verb == "change":
+            self.counts.append(int(tensors[Kind.COUNT]))
+            self.lost -= 1
+            if self.lost >= 0:
+                raise ConnectionError("lost")
+        return reply
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["here", "across a wire"])
+def test_a_change_whose_answer_was_lost_is_sent_again_and_counts_once(across: bool) -> None:
+    plain = nn.Linear(3, 2)
+    before = copy.deepcopy(plain)
+    holder = LayerHolder("server", plain, update="private")
+    losing = Losing(wire(holder).party if across else holder, lost=2)
+    layer = EncryptedLayer(keys(), losing, update="private")
+    assert layer.weight is not None
+    with torch.no_grad():
+        layer.weight += 0.5
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match="lost"):
+            layer.pass_on()
+    assert layer.weight.any()  # not yet known to be there
+    x = torch.rand(4, 3)
+    assert_close(layer(x), plain(x), tolerance(x, plain.weight))  # what comes next brings it too
+    assert not layer.weight.any()
+    assert torch.equal(plain.weight, before.weight + 0.5)
+    with torch.no_grad():
+        layer.weight += 0.25
+    layer.pass_on()
+    assert torch.equal(plain.weight, before.weight + 0.5 + 0.25)
+    assert losing.counts == [1, 1, 1, 2]
+
+
+def numbered(number: int, own: Keys) -> dict[str, Tensor]:
+    return {Kind.COUNT: torch.tensor(number), Kind.PARAMETERS: as_tensor({"key": own.id.hex()})}
+
+
+def test_changes_are_numbered_from_1_in_each_session_and_others_refused() -> None:
+    plain = nn.Linear(3, 2)
+    holder = LayerHolder("server", plain, update="private")
+    start = plain.weight.detach().clone()
+    changes = keyed({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, Kind.UPDATE)
+
+    def change(number: int) -> None:
+        assert holder.ask("change", numbered(number, own) | changes) == {}
+
+    for _ in range(2):  # opened again, it counts anew
+        own = Keys()
+        EncryptedLayer(own, holder, update="private")
+        for number in (1, 1, 2, 2, 2):
+            change(number)
+        for number in (1, 4):
+            with pytest.raises(ValueError, match=f"server: expected change 3 of this session, got {number}"):
+                change(number)
+        for count in (torch.tensor(0), torch.tensor(3.0), torch.tensor([3, 3])):
+            with pytest.raises(ValueError, match="server: expected a whole number from 1 to"):
+                holder.ask("change", {**numbered(1, own), Kind.COUNT: count, **changes})
+        with pytest.raises(
+            ValueError, match=f"server: expected a change of the client with key {own.id.hex()}, got one"
+        ):
+            holder.ask("change", numbered(3, Keys()) | changes)
+    assert torch.allclose(plain.weight, start + 4)  # float32's rounding
+
+
+def test_a_change_that_was_refused_does_not_count() -> None:
+    plain = nn.Linear(3, 2)
+    holder = LayerHolder("server", plain, update="private")
+    EncryptedLayer(keys(), holder, update="private")
+    before, number = plain.weight.detach().clone(), numbered(1, keys())
+    with pytest.raises(ValueError, match="server: expected finite changes"):
+        holder.ask("change", {**number, "update/weight": torch.full((2, 3), torch.nan), "update/bias": torch.ones(2)})
+    holder.ask("change", {**number, "update/weight": torch.ones(2, 3), "update/bias": torch.ones(2)})
+    assert torch.equal(plain.weight, before + 1)
 
 
 def test_a_step_that_is_passed_on_is_added_once_and_is_then_zero_here() -> None:
@@ -511,7 +663,7 @@ def test_encrypted_weights_go_up_when_they_have_changed_and_no_oftener() -> None
         layer(x)
         with torch.no_grad():
             layer.weight += 0.1
-    assert noted.verbs == ["open", *["weights_encrypted", *["product"] * 3] * 2]
+    assert noted.verbs == ["open", *["weights_encrypted", *["answer"] * 3] * 2]
     with torch.no_grad():
         assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), 1e-3)
 
@@ -526,16 +678,76 @@ def test_a_gradient_goes_back_through_the_weights_of_its_own_forward_pass() -> N
     assert_close(g, then.sum(0).expand(5, 4), tolerance(torch.ones(1, 3), then.T))
 
 
-@bug("a holder keeps the weights of its last product alone")
-def test_a_prediction_in_between_does_not_move_a_gradient_to_other_weights() -> None:
-    plain = nn.Linear(4, 3)
-    layer, x = EncryptedLayer(keys(), LayerHolder("server", plain)), torch.rand(5, 4, requires_grad=True)
-    y, then = layer(x), plain.weight.detach().clone()
+@pytest.mark.parametrize("update", MODES)
+@pytest.mark.parametrize("times", [1, 40])  # by which weights are shrunk before they are encrypted
+def test_a_prediction_in_between_does_not_move_a_gradient_to_other_weights(times: float, update: str) -> None:
+    plain = nn.Linear(6, 3)
+    noted = Noted(holder_of(plain, update))
+    layer, x = encrypted(plain, update, noted, rows=5), torch.rand(5, 6, requires_grad=True)
+    own = layer.weight if update == "encrypted" else plain.weight
+    assert own is not None
+    y, then = layer(x), own.detach().clone()
+    own.data.mul_(times).add_(1)
     with torch.no_grad():
-        plain.weight += 1
-        layer(x)
+        assert_close(layer(x[:2]), nn.functional.linear(x[:2], own, plain.bias), 2**6 * tolerance(x, own))
+    layer(x.detach()[:2])
     (g,) = torch.autograd.grad(y.sum(), x)
-    assert_close(g, then.sum(0).expand(5, 4), tolerance(torch.ones(1, 3), then.T))
+    assert_close(g, then.sum(0).expand(5, 6), tolerance(torch.ones(1, 3), then.T))
+    assert [one for one in noted.verbs[1:] if "weights" not in one] == ["product", "answer", "answer", "product_back"]
+
+
+@pytest.mark.parametrize("update", MODES)
+@pytest.mark.parametrize("pruned", ["all", "last columns", "one row"])
+@pytest.mark.parametrize(("rows", "width"), [(4, 6), (32, 128)], ids=["one tile", "tiles that serve both ways"])
+def test_weights_of_zero_are_weights_too(rows: int, width: int, pruned: str, update: str) -> None:
+    plain = nn.Linear(width, 2)
+    with torch.no_grad():
+        plain.weight[{"all": ..., "last columns": (slice(None), slice(2, None)), "one row": 1}[pruned]] = 0
+    layer = encrypted(plain, update, holder_of(plain, update), rows=rows)
+    assert_same_layer(plain, layer, torch.randn(rows, width).clamp(-4, 4))
+
+
+# What crosses a second time
+
+
+def test_a_second_gradient_that_is_a_multiple_row_by_row_crosses_no_more() -> None:
+    plain = nn.Linear(4, 3).double()
+    noted = Noted(LayerHolder("server", plain))
+    layer, x = EncryptedLayer(keys(), noted), torch.rand(5, 4, dtype=torch.float64, requires_grad=True)
+    y, g = layer(x), torch.randn(5, 3, dtype=torch.float64)
+    g[4] = 0
+    (first,) = torch.autograd.grad(y, x, g, retain_graph=True)
+    factors = torch.tensor([1.0, 0.0, -2.5, 1e-3, 7.0], dtype=torch.float64)[:, None]
+    for second in (g, factors * g, torch.zeros_like(g)):
+        (found,) = torch.autograd.grad(y, x, second, retain_graph=True)
+        scale = (second[:, :1] / g[:, :1]).nan_to_num()
+        assert torch.allclose(found, scale * first, rtol=1e-12, atol=0)
+    assert noted.verbs == ["open", "product", "product_back"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("change", ["another row", "a row that had none", "one entry"])
+def test_a_second_gradient_that_is_no_multiple_crosses_again(change: str, dtype: torch.dtype) -> None:
+    plain = nn.Linear(4, 3)
+    noted = Noted(LayerHolder("server", plain))
+    layer, x = EncryptedLayer(keys(), noted), torch.rand(5, 4).to(dtype).requires_grad_()
+    y, g = layer(x), torch.randn(5, 3).to(dtype)
+    g[4] = 0
+    torch.autograd.grad(y, x, g, retain_graph=True)
+    other = g.clone()
+    if change == "another row":
+        other[1] = g[1].roll(1)
+    elif change == "a row that had none":
+        other[4] = 1
+    else:
+        other[2, 0] += 0.05 * g[2].abs().max()  # fifty times what float16 rounds by
+    (found,) = torch.autograd.grad(y, x, other, retain_graph=True)
+    assert noted.verbs == ["open", "product", "product_back", "product_back"]
+    expected = other.float() @ plain.weight.detach()
+    back = tolerance(torch.ones(1, 3), plain.weight.T) + 4 * torch.finfo(dtype).eps
+    assert_close(found.float(), expected, back * float(other.abs().max()))
+    torch.autograd.grad(y, x, other)  # which is now what is known
+    assert noted.verbs == ["open", "product", "product_back", "product_back"]
 
 
 def test_a_holders_state_is_its_weights_and_comes_back() -> None:
@@ -578,7 +790,6 @@ def test_encrypted_weights_serve_one_client() -> None:
         CipherHolder("server", nn.Linear(3, 2)).session("b")
 
 
-CACHE = bug("plaintexts that were made for another opening are used")
 AGAIN: dict[str, tuple[float, dict[str, Any], dict[str, Any]]] = {
     # How great the weights are, and what the first and the second client open it with.
     "another key": (1, {}, {"keys": Keys}),
@@ -587,20 +798,11 @@ AGAIN: dict[str, tuple[float, dict[str, Any], dict[str, Any]]] = {
     "other scales": (1, {}, {"keys": lambda: Keys(tight())}),
     "whole replies": (1, {}, {"truncated": False}),
 }
-FAULTS = {
-    ("a greater bound", "frozen"): CACHE, ("other scales", "frozen"): CACHE, ("a greater bound", "encrypted"): SCALE,
-}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:tight. 54 bits of modulus")
-@pytest.mark.parametrize(
-    ("how", "update"),
-    [
-        pytest.param(how, update, marks=FAULTS.get((how, update), ()))
-        for how in AGAIN
-        for update in ("frozen", "encrypted")
-    ],
-)
+@pytest.mark.parametrize("update", ["frozen", "encrypted"])
+@pytest.mark.parametrize("how", AGAIN)
 def test_a_holder_may_be_opened_again(how: str, update: str) -> None:
     times, *openings = AGAIN[how]
     plain = nn.Linear(6, 4)
@@ -615,25 +817,45 @@ def test_a_holder_may_be_opened_again(how: str, update: str) -> None:
         assert_close(layer(x), plain(x), slack * tolerance(x, plain.weight))
 
 
+def test_a_holder_that_is_opened_again_forgets_the_session_before() -> None:
+    plain, x = nn.Linear(3, 2), torch.rand(4, 3)
+    holder = LayerHolder("server", plain)
+    layer = EncryptedLayer(keys(), holder)
+    layer(x.requires_grad_())
+    EncryptedLayer(keys(PRECISE), holder)
+    with pytest.raises(ValueError, match="server: expected a product before its gradient goes back, got none"):
+        layer.product_back(torch.rand(4, 2))
+    with pytest.raises(ValueError, match="expected ciphertexts of parameter set"):
+        layer(x)
+    blind = CipherHolder("server", plain)
+    encrypted(plain, "encrypted", blind)(x)
+    again = encrypted(plain, "encrypted", blind, keys=keys(PRECISE))
+    for asked in (again.product, again.product_back):
+        with pytest.raises(ValueError, match="server: expected encrypted weights and a product first, got none"):
+            asked(torch.rand(4, 3 if asked == again.product else 2))
+    assert_same_layer(plain, again, x.detach(), PRECISE)
+
+
+def test_an_opening_that_is_refused_leaves_the_session_as_it_was() -> None:
+    plain, x = nn.Linear(3, 2), torch.rand(4, 3)
+    holder = LayerHolder("server", plain)
+    layer = EncryptedLayer(keys(), holder)
+    with pytest.raises(ValueError, match="expected"):
+        holder.ask("open", {Kind.PARAMETERS: told(bound=-1.0)})
+    assert_same_layer(plain, layer, x)
+
+
 # What a holder is sent
 
 
 @pytest.mark.parametrize("across", [False, True], ids=["here", "across a wire"])
-@pytest.mark.parametrize(
-    "verb",
-    [
-        "product",
-        "product_back",
-        pytest.param("change", marks=bug("it takes changes from nobody")),
-        "weights_encrypted",
-    ],
-)
+@pytest.mark.parametrize("verb", ["product", "product_back", "answer", "change", "weights_encrypted"])
 def test_a_holder_that_no_client_has_opened_says_so(verb: str, across: bool) -> None:
     plain = nn.Linear(3, 2)
     holder = holder_of(plain, "encrypted" if verb == "weights_encrypted" else "private")
     before = plain.weight.detach().clone()
     message = {
-        Kind.COUNT: torch.tensor(4), Kind.CIPHERTEXT: torch.zeros(9, dtype=torch.uint8),
+        Kind.COUNT: torch.tensor(1), Kind.CIPHERTEXT: torch.zeros(9, dtype=torch.uint8),
         "update/weight": torch.ones(2, 3), "update/bias": torch.ones(2),
     }  # fmt: skip
     with pytest.raises(
@@ -654,7 +876,7 @@ def test_a_gradient_before_any_product_is_refused() -> None:
 def test_a_product_before_the_encrypted_weights_is_refused(verb: str) -> None:
     plain = nn.Linear(3, 2)
     layer = encrypted(plain, "encrypted", CipherHolder("server", plain))
-    with pytest.raises(ValueError, match="server: expected encrypted weights first, got none"):
+    with pytest.raises(ValueError, match="server: expected encrypted weights and a product first, got none"):
         getattr(layer, verb)(torch.rand(4, 3 if verb == "product" else 2))
 
 
@@ -696,13 +918,15 @@ def without(name: str) -> Tensor:
         (told(update="clear"), "the leak of the published protocols"),
         (told(update="private"), "expected a client with update=frozen, got private; say the same on both ends"),
         (told(key="xyz"), "hexadecimal|expected parameters"),
-        pytest.param(told(rows=float("inf")), "expected", marks=ESCAPES),
+        (told(rows=float("inf")), "expected parameters, key id and bounds"),
         (told(rows="many"), "expected|invalid"),
-        pytest.param(told(bound=float("nan")), "expected", marks=UNCHECKED),
-        pytest.param(told(bound=-1.0), "expected", marks=UNCHECKED),
-        pytest.param(told(bound=float("inf")), "expected", marks=UNCHECKED),
-        pytest.param(told(key="00"), "expected", marks=UNCHECKED),
-        pytest.param(raw(b"[" * 100_000), "expected", marks=ESCAPES),
+        (told(rows=-1), "at least 0 rows, got 8 bytes, 8.0 and -1"),
+        (told(rows=(1 << 24) + 1), "at least 0 rows"),
+        (told(bound=float("nan")), "expected a key id of 8 bytes, a finite bound above 0"),
+        (told(bound=-1.0), "expected a key id of 8 bytes, a finite bound above 0"),
+        (told(bound=float("inf")), "expected a key id of 8 bytes, a finite bound above 0"),
+        (told(key="00"), "at least 0 rows, got 1 bytes"),
+        (raw(b"[" * 100_000), "expected public parameters as JSON, got 100000 bytes"),
     ],
 )  # fmt: skip
 def test_openings_that_say_nothing_of_use_are_refused_in_words(parameters: Tensor, says: str) -> None:
@@ -711,28 +935,22 @@ def test_openings_that_say_nothing_of_use_are_refused_in_words(parameters: Tenso
         line.party.ask("open", {Kind.PARAMETERS: parameters})
 
 
-@pytest.mark.parametrize(
-    "rows", [pytest.param(0, marks=ESCAPES), pytest.param(-3, marks=ESCAPES), 1 << 70]
-)  # fmt: skip
+@pytest.mark.parametrize("rows", [0, -3, (1 << 24) + 1, 1 << 70])
 def test_an_opening_for_no_rows_or_countless_ones_is_refused(rows: int) -> None:
     line = wire(CipherHolder("server", nn.Linear(3, 2)))
-
-    def begin() -> None:
+    with pytest.raises(ValueError, match=rf"at least 1 rows, got 8 bytes, 8.0 and {rows}"):
         line.party.ask("open", {Kind.PARAMETERS: told(update="encrypted", rows=rows)})
-        line.party.ask("weights_encrypted", {Kind.CIPHERTEXT: torch.zeros(9, dtype=torch.uint8)})
-
-    with pytest.raises(ValueError, match="expected"):
-        begin()
 
 
 @cache
 def sent(update: str = "frozen") -> tuple[Any, dict[str, dict[str, Tensor]]]:
-    """A wire to a holder that has answered once, and what each verb was sent."""
+    """A wire to a holder that has answered each verb once, and what it was sent."""
     plain = nn.Linear(3, 2)
     line = wire(holder_of(plain, update))
     layer = encrypted(plain, update, line.party)
     x = torch.rand(4, 3, requires_grad=True)
     layer(x).sum().backward()
+    layer(x.detach())
     return line, {one.request.verb: dict(one.request.tensors) for one in line.record.exchanges}
 
 
@@ -743,19 +961,22 @@ def flipped(data: Tensor, at: int, value: int | None = None) -> Tensor:
 
 
 CIPHERTEXTS: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
-    ("floats", lambda c: c.float(), "expected ciphertexts, got 0 bytes of something else"),
-    ("none", lambda c: c[:0], "expected ciphertexts, got 0 bytes"),
-    ("a header alone", lambda c: c[:48], "they were cut short|bytes of something else"),
+    ("floats", lambda c: c.float(), r"in bytes, got something else: torch.float32 \(\d+,\)"),
+    ("none", lambda c: c[:0], r"in bytes, got something else: torch.uint8 \(0,\)"),
+    ("less than a header", lambda c: c[:43], r"in bytes, got something else: torch.uint8 \(43,\)"),
+    ("a header alone", lambda c: c[:44], "they were cut short"),
     ("cut short", lambda c: c[:-1], "they were cut short"),
     ("too long", lambda c: torch.cat([c, c[:1]]), "they were cut short"),
-    ("another magic", lambda c: flipped(c, 0), "bytes of something else"),
+    ("another magic", lambda c: flipped(c, 0), "in bytes, got something else"),
     ("another version", lambda c: flipped(c, 4), "expected ciphertexts of version 1, got 0; run one release"),
     ("another form", lambda c: flipped(c, 5, 1), "expected ciphertexts in form seeded, got whole"),
     ("no form", lambda c: flipped(c, 5, 9), "in form seeded, got form 9"),
-    ("more polynomials", lambda c: flipped(c, 6, 2), "expected ciphertexts polynomials each: 1, got 2"),
+    ("more polynomials", lambda c: flipped(c, 6, 2), "expected ciphertexts of polynomials each 1, got 2"),
+    ("another padding", lambda c: flipped(c, 7), "they changed on the way"),
     ("other parameters", lambda c: flipped(c, 8), "expected ciphertexts of parameter set"),
     ("another key", lambda c: flipped(c, 16), "expected ciphertexts under key"),
-    ("another count", lambda c: flipped(c, 24, int(c[24]) + 1), r"expected ciphertexts ciphertexts: \d, got \d"),
+    ("another count", lambda c: flipped(c, 24, int(c[24]) + 1), r"expected ciphertexts in number \d, got \d"),
+    ("other rows", lambda c: flipped(c, 28), "they changed on the way"),
     ("another scale", lambda c: flipped(c, 38), "the scale has drifted"),
     ("a changed body", lambda c: flipped(c, -1), "they changed on the way"),
 ]  # fmt: skip
@@ -767,8 +988,10 @@ NAMED = [pytest.param(change, says, id=name) for name, change, says in CIPHERTEX
     [
         ("frozen", "product"),
         ("frozen", "product_back"),
+        ("frozen", "answer"),
         ("encrypted", "product"),
         ("encrypted", "product_back"),
+        ("encrypted", "answer"),
         ("encrypted", "weights_encrypted"),
     ],
 )
@@ -792,29 +1015,30 @@ def test_integers_beyond_the_modulus_are_refused() -> None:
     data = bytearray(messages["product"][Kind.CIPHERTEXT].numpy().tobytes())
     header = 44
     data[header : header + 6] = b"\xff" * 6
-    data[header - 4 : header] = struct.pack("<I", zlib.crc32(bytes(data[header:])))
+    data[header - 4 : header] = struct.pack("<I", zlib.crc32(bytes(data[: header - 4] + bytes(4) + data[header:])))
     with pytest.raises(ValueError, match="SEAL refuses it"):
         line.party.ask("product", {**messages["product"], Kind.CIPHERTEXT: raw(bytes(data))})
 
 
-@pytest.mark.parametrize("verb", ["product", "product_back"])
-@pytest.mark.parametrize(
-    "count",
-    [
-        torch.tensor(0),
-        torch.tensor(-1),
-        torch.tensor((1 << 24) + 1),
-        torch.tensor([4, 4]),
-        torch.zeros(0, dtype=torch.int64),
-        pytest.param(torch.tensor(float("nan")), marks=bug("torch's words, not ours")),
-        pytest.param(torch.tensor(float("inf")), marks=ESCAPES),
-        torch.tensor(1 << 24),  # of which there are more ciphertexts than came
-    ],
-    ids=str,
-)
-def test_counts_that_make_no_sense_are_refused(verb: str, count: Tensor) -> None:
+WHOLE = r"server: expected a whole number from 1 to 16777216, got \["
+COUNTS: list[tuple[Tensor, str]] = [
+    (torch.tensor(0), WHOLE),
+    (torch.tensor(-1), WHOLE),
+    (torch.tensor((1 << 24) + 1), WHOLE),
+    (torch.tensor([4, 4]), WHOLE),
+    (torch.zeros(0, dtype=torch.int64), WHOLE),
+    (torch.tensor(4.0), WHOLE),
+    (torch.tensor(float("nan")), WHOLE),
+    (torch.tensor(float("inf")), WHOLE),
+    (torch.tensor(1 << 24), "expected ciphertexts in number"),  # more than came
+]
+
+
+@pytest.mark.parametrize("verb", ["product", "product_back", "answer"])
+@pytest.mark.parametrize(("count", "says"), COUNTS, ids=str)
+def test_counts_that_make_no_sense_are_refused(verb: str, count: Tensor, says: str) -> None:
     line, messages = sent("frozen")
-    with pytest.raises(ValueError, match=r"expected how many rows|expected ciphertexts"):
+    with pytest.raises(ValueError, match=says):
         line.party.ask(verb, {**messages[verb], Kind.COUNT: count})
 
 
@@ -838,7 +1062,7 @@ def test_changes_that_do_not_fit_are_refused_whole(changes: dict[str, Tensor]) -
     EncryptedLayer(keys(), line.party, update="private")
     before = copy.deepcopy(plain.state_dict())
     with pytest.raises(ValueError, match="server: expected finite changes of weight, bias in their shapes, got"):
-        line.party.ask("change", {f"update/{name}": one for name, one in changes.items()})
+        line.party.ask("change", numbered(1, keys()) | keyed(changes, Kind.UPDATE))
     assert all(torch.equal(before[name], tensor) for name, tensor in plain.state_dict().items())
 
 

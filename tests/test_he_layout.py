@@ -2,6 +2,7 @@
 
 from dataclasses import astuple, replace
 from math import ceil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,6 +177,12 @@ def test_only_an_up_layout_without_replicas_is_transposed(fold: Fold, replicas: 
 def test_layouts_that_are_none(shape: tuple[int, int, int, int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Layout(*shape, "none")
+
+
+def test_a_fold_that_is_none() -> None:
+    fold: Any = "both"
+    with pytest.raises(ValueError, match="expected a fold among none, up, down, got 'both'"):
+        Layout(1, 1, 1, 8, 1, 1, fold)
 
 
 # The layout that is chosen

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from privacy.he.ciphertexts import Ciphertexts
 from privacy.he.geometry import Geometry
 from privacy.he.layout import Layout, Real
-from privacy.he.opening import Opening, Update, as_tensor
+from privacy.he.opening import Opening, Update, as_object, as_tensor
 from privacy.he.parameters import Parameters
 from privacy.he.product import Weights, halvings_for, plan, received, replied, sums
 from privacy.he.seal import Ring
@@ -221,8 +221,7 @@ class LayerHolder(_Holder):
         if layout.conjugate and halvings_for(ring, layout, m.T, None, GRADIENT_BOUND) <= halvings_for(
             ring, forward, *self._used, opening.bound
         ):  # the same plaintexts as the product's, in another order
-            packed = self._weights(forward, self._used, opening.bound).plain
-            plain = [list(column) for column in zip(*packed, strict=True)]
+            plain = self._weights(forward, self._used, opening.bound).transposed()
         else:
             plain = self._weights(layout, (m.T, None), GRADIENT_BOUND).plain
         reply = self._reply(sums(ring, layout, inputs, plain), rows)
@@ -231,7 +230,13 @@ class LayerHolder(_Holder):
 
     def _change(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Add a client's noised step to the weights; one that comes again, since its answer was lost, once."""
-        self._session  # noqa: B018 - opened, or an error
+        opening, _ = self._session
+        asked = as_object(need(tensors, Kind.PARAMETERS)).get("key")
+        if asked != opening.key.hex():
+            raise ValueError(
+                f"{self.name}: expected a change of the client with key {opening.key.hex()}, got one of {asked}; give "
+                "each client a session of its own"
+            )
         number = _count(need(tensors, Kind.COUNT), self.name)
         if number == self._changes:
             return {}

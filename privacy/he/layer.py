@@ -17,7 +17,7 @@ from privacy.he.geometry import Geometry
 from privacy.he.holder import GRADIENT_BOUND, layouts, shared_layouts
 from privacy.he.keys import Keys, OutOfRange, within
 from privacy.he.layout import Layout, Real
-from privacy.he.opening import Opening, Update, as_object
+from privacy.he.opening import Opening, Update, as_object, as_tensor
 from privacy.he.product import MOST_HALVINGS, halvings_for
 from splitlearn.frames import Kind
 from splitlearn.service import keyed, need
@@ -117,7 +117,9 @@ class EncryptedLayer(nn.Module):
         self._released = False  # whether what the weights hold has come out of a step of DP-SGD
         self._changes = 0  # that the holder has taken
         self._sent: Tensor | None = None  # weights that the holder has ciphertexts of
-        self._shrunk = 1.0  # what they were multiplied by, lest a product wraps around; the holder need not know
+        self._shrunk = self._shrunk_there = (
+            1.0  # what they were multiplied by, lest a product wraps around; the holder need not know
+        )
         if self.update is Update.PRIVATE:
             _teach_opacus()
 
@@ -133,7 +135,7 @@ class EncryptedLayer(nn.Module):
     def _rows(self, x: Tensor) -> Tensor:
         """Return the input's rows, within the bound where they are to be clipped."""
         rows = self.geometry.rows(x)
-        within(rows.detach().cpu().numpy(), float("inf"), "activations")  # clipping would hide what is infinite
+        within(rows.detach().cpu().double().numpy(), float("inf"), "activations")  # clipping would hide infinities
         return rows.clamp(-self.bound, self.bound) if self.out_of_range == "clip" else rows
 
     def pass_on(self) -> None:
@@ -162,7 +164,11 @@ class EncryptedLayer(nn.Module):
                 )
             changes = keyed({name: one.detach().clone() for name, one in own.items()}, Kind.UPDATE)
             # Numbered: where the answer is lost, the same change may be sent again, and counts once.
-            self._holder.ask("change", {**changes, Kind.COUNT: torch.tensor(self._changes + 1)})
+            numbered: dict[str, Tensor] = {
+                Kind.COUNT: torch.tensor(self._changes + 1),
+                Kind.PARAMETERS: as_tensor({"key": self._keys.id.hex()}),
+            }
+            self._holder.ask("change", {**changes, **numbered})
             self._changes += 1
             with torch.no_grad():
                 for parameter in own.values():
@@ -222,12 +228,15 @@ class EncryptedLayer(nn.Module):
         if self.update is not Update.ENCRYPTED:
             return self._through(x, self._packings(len(x))[way])
         packing = self._packings(self.batch)[way]
+        if way == 0:
+            self._shrunk_there = self._shrunk
+        shrunk = self._shrunk_there if way == 1 else self._shrunk  # a gradient goes back through the product's weights
         parts = []
         for start in range(0, len(x), self.batch):
             part = x[start : start + self.batch]
             padded = np.zeros((self.batch, x.shape[1]))
             padded[: len(part)] = part
-            parts.append(self._through(padded, packing)[: len(part)] / self._shrunk)
+            parts.append(self._through(padded, packing)[: len(part)] / shrunk)
         return np.concatenate(parts)
 
     def product(self, rows: Tensor, *, returns: bool = False) -> Tensor:
@@ -235,7 +244,10 @@ class EncryptedLayer(nn.Module):
 
         ``returns``: a gradient is to go back through the same weights.
         """
-        values = within(rows.detach().cpu().double().numpy(), self.bound, "activations")
+        values = rows.detach().cpu().double().numpy()
+        if self.out_of_range == "clip":  # as before, in the precision in which it is looked at next
+            values = values.clip(-self.bound, self.bound)
+        values = within(values, self.bound, "activations")
         out = torch.from_numpy(self._in_parts(values, 0 if returns else 2)).to(rows)
         return out + self.bias.detach() if self.update is Update.ENCRYPTED and self.bias is not None else out
 
@@ -294,7 +306,8 @@ def _again(g: Tensor, known: Tensor, back: Tensor) -> Tensor | None:
     """
     squares = known.square().sum(1, keepdim=True)
     factors = (g * known).sum(1, keepdim=True) / torch.where(squares > 0, squares, torch.ones_like(squares))
-    tolerance = 100 * torch.finfo(g.dtype).eps * g.abs().amax(1, keepdim=True)
+    eps = torch.finfo(g.dtype).eps
+    tolerance = (100 if eps < 1e-6 else 4) * eps * g.abs().amax(1, keepdim=True)
     return factors * back if bool(((g - factors * known).abs() <= tolerance).all()) else None
 
 

@@ -54,11 +54,22 @@ class Weights:
         slots = layout.periods(m).reshape(-1, layout.period)
         flat = encode_periodic(ring, slots, scale)
         self.plain = [flat[at : at + layout.up] for at in range(0, len(flat), layout.up)]  # [down][up]
-        for row in self.plain:
-            if not any(row):  # a product by 0 is no ciphertext, says SEAL: the least weight there is stands in for one
-                least = np.full(ring.parameters.slots, 1 / scale, np.complex128)
-                row[0] = ring.encode(least, scale)
+        self._ring, self._scale = ring, scale
+        self._fill(self.plain)
         self.bias = None if b is None else encode_periodic(ring, layout.bias_periods(b), ring.scale * scale)
+
+    def transposed(self) -> list[list[Any]]:
+        """Return the plaintexts as they serve the product of the transposed layout."""
+        columns = [list(column) for column in zip(*self.plain, strict=True)]
+        self._fill(columns)
+        return columns
+
+    def _fill(self, grid: list[list[Any]]) -> None:
+        """Let the least weight there is stand in for a row of zeros: SEAL has no ciphertext of a product by 0."""
+        for row in grid:
+            if not any(row):
+                least = np.full(self._ring.parameters.slots, 1 / self._scale, np.complex128)
+                row[0] = self._ring.encode(least, self._scale)
 
 
 def halvings_for(ring: Ring, layout: Layout, m: Real, b: Real | None, bound: float) -> int:
