@@ -24,6 +24,7 @@ from privacy.he import (
     LEARNS,
     CipherHolder,
     EncryptedLayer,
+    Geometry,
     Keys,
     LayerHolder,
     Parameters,
@@ -174,9 +175,11 @@ def encrypted_weights(setup: Setup) -> Ready:
     """Activations, gradients and weights encrypted: the server sees ciphertexts only."""
     bottom, plain_layer, head = setup.parts()
     line = wire(CipherHolder(SERVER, plain_layer), max_nbytes=setup.max_nbytes)
+    with torch.no_grad():  # a convolution has a row for each position
+        positions = Geometry.of(plain_layer).rows(bottom(setup.splits.private.x[:1])).shape[1]
     layer = EncryptedLayer(
-        Keys(setup.parameters), line.party, update="encrypted", layer=plain_layer, rows=setup.training.batch_size,
-        out_of_range="clip",
+        Keys(setup.parameters), line.party, update="encrypted", layer=plain_layer, out_of_range="clip",
+        rows=min(setup.training.batch_size * positions, setup.parameters.slots),
     )  # fmt: skip
     client = _party(setup, CLIENT, nn.Sequential(bottom, layer, head))
 
@@ -256,6 +259,11 @@ def train_split_ways(training: Training, splits: Splits, shield: Shield) -> Trai
 
 
 def _trained(way: Callable[[Setup], Ready], training: Training, splits: Splits) -> Trained:
+    if training.clients != 1:
+        raise ValueError(
+            f"protocol {training.protocol} has one client here, got {training.clients}; use --clients 1, or give each "
+            "client keys and a session of its own (LayerHolder.session)"
+        )
     ready = way(Setup(splits, training))
     losses = fit(epochs_of(ready.step, ready.batches), epochs=training.epochs).losses
     visible = {observer: list(seen) for observer, seen in ready.visible.items()}

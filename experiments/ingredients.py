@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from attacks import MaximumLikelihood, decoder_family
 from defenses import NoPeek
-from experiments import setups
+from experiments import encrypted, setups
 from experiments.parts import CONTINUOUS, Attack, LabelAttack, Protection, Protocol, Shield, number
 from privacy.dp import ClippedGaussian, ClippedLaplace
 from splitlearn.codecs import Int8, TopK
@@ -71,6 +71,9 @@ ATTACKS: dict[str, Attack] = {
 }
 
 LABEL_ATTACKS: dict[str, LabelAttack] = {
+    "clear_gradient": LabelAttack(
+        "labels from the gradient at the outputs, where it crosses in the clear (he_overhead)"
+    ),
     "sent_labels": LabelAttack("labels from randomised answers and what else crossed, by Bayes (privacy_utility)"),
     "matching": LabelAttack(
         "labels by gradient matching in the U shape (Erdoğan et al. 2022), noise and passes known (privacy_utility)"
@@ -86,5 +89,9 @@ PROTOCOLS: dict[str, Protocol] = {
     "parallel": Protocol(setups.train_parallel),
     "vertical": Protocol(setups.train_vertical),
     "fedavg": Protocol(setups.train_fedavg, activations_cross=False),
+    "he_u_dp": Protocol(encrypted.train_he_u_dp, activations_cross=False),
+    "he_encw": Protocol(encrypted.train_he_encw, activations_cross=False),
+    "he_inference": Protocol(encrypted.train_he_inference, activations_cross=False),
+    "split_ways": Protocol(encrypted.train_split_ways, activations_cross=False),
     "unsplit": Protocol(setups.train_unsplit, activations_cross=False),
 }

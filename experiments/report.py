@@ -13,6 +13,7 @@ from matplotlib.image import imsave
 
 from experiments.figures import number, spread
 from experiments.gallery import Row, gallery, strip
+from experiments.he_plot import he_costs
 from experiments.interactive import interactive_tradeoff
 from experiments.plots import leakage_note, reconstructions, spread_note, tradeoff
 from experiments.privacy_plot import privacy
@@ -58,7 +59,8 @@ class Trial:
 def build(root: Path) -> Path:
     """Write ``results.csv``, the pictures and ``report.html``; return its path.
 
-    The pictures are ``tradeoff.png``, ``reconstructions.png`` and, where an ε is claimed, ``privacy.png``.
+    The pictures are ``tradeoff.png``, ``reconstructions.png``, where an ε is claimed ``privacy.png``, and of
+    ``he_overhead`` ``encryption.png``.
 
     A picture that the records have no figures for is left out, and removed if an earlier report left it. A corrupt
     record is told of in the report; ``ValueError`` where there is none at all that can be read.
@@ -74,10 +76,13 @@ def build(root: Path) -> Path:
     tradeoff(records, root / "tradeoff.png")
     reconstructions(records, store, root / "reconstructions.png")
     picture = privacy(records, root / "privacy.png")
-    return write_atomically(root / "report.html", _page(records, problems, store, picture).encode())
+    costs = he_costs(records, root / "encryption.png")
+    return write_atomically(root / "report.html", _page(records, problems, store, picture, costs).encode())
 
 
-def _page(records: Sequence[Record], problems: Sequence[str], store: Store, privacy_picture: Path | None) -> str:
+def _page(
+    records: Sequence[Record], problems: Sequence[str], store: Store, privacy_picture: Path | None, costs: Path | None
+) -> str:
     points = summarise(records)
     failed = [record for record in records if record.status == "failed"]
     plot = interactive_tradeoff(records)
@@ -100,6 +105,7 @@ def _page(records: Sequence[Record], problems: Sequence[str], store: Store, priv
         plot=Markup(plot) if plot is not None else None,  # plotly escapes what it embeds
         plot_note=f"{leakage_note(points)} {spread_note(max((len(point.seeds) for point in points), default=0))}",
         privacy=None if privacy_picture is None else _embedded(privacy_picture.read_bytes()),
+        encryption=None if costs is None else _embedded(costs.read_bytes()),
         accounts=accounts_table(points),
         pictures=[_picture(row) for row in gallery(records, store)],
         results=results_tables(points),

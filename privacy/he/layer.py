@@ -58,7 +58,8 @@ class EncryptedLayer(nn.Module):
       together with all others of the stage, noised in the one draw, and the noised step is sent. A change that comes
       any other way is refused before anything is sent. Weight decay does nothing to them.
     - ``encrypted``: the client owns ``layer``, whose weights go up encrypted whenever they have changed. ``rows`` is
-      the batch size that they are packed for; smaller batches are padded, greater ones go in parts. b stays here.
+      the batch size that they are packed for (of a convolution: samples times output positions); smaller batches are
+      padded, greater ones go in parts. b stays here.
 
     A weight gradient in the clear is the leak of the published protocols, and no mode of this layer.
 
