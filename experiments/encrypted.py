@@ -41,12 +41,12 @@ from splitlearn.remote import Wire, wire
 from splitlearn.train import Batches, Predictor, epochs_of, fit
 
 __all__ = [
-    "WAYS", "Ready", "Setup", "Way", "encrypted_cut", "train_he_encw", "train_he_inference", "train_he_u_dp",
-    "train_split_ways",
+    "WAYS", "Ready", "Setup", "Way", "check_linear_last", "encrypted_cut", "train_he_encw", "train_he_inference",
+    "train_he_u_dp", "train_split_ways",
 ]  # fmt: skip
 
 SERVER, CLIENT = "server", "client"
-NOISE_OFF = 1e-12  # a noise multiplier that rounding swallows, and a clip that nothing reaches
+NOISE_OFF = 1e-24  # a noise multiplier that even Adam does not see, and a clip that nothing reaches
 NO_CLIP = 1e4
 
 
@@ -71,8 +71,7 @@ class Setup:
     def parts(self) -> tuple[nn.Sequential, nn.Module, nn.Sequential]:
         """Return bottom, the server's layer, and head, of a fresh model."""
         model = build_model(self.splits, seed=self.training.seed)
-        names = layer_names(model)
-        below = names.index(self.training.cut) + 1
+        below = len(cut(model, self.training.cut)[0])
         at = next((n for n in range(below, len(model)) if list(model[n].parameters())), None)
         if at is None:
             raise ValueError(
@@ -120,6 +119,16 @@ def encrypted_cut(model: nn.Sequential) -> str:
     """Return the name of the last layer below the model's last layer with weights."""
     places = [n for n, layer in enumerate(model) if list(layer.parameters())]
     return layer_names(model)[places[-1] - 1]
+
+
+def check_linear_last(setup: Setup) -> None:
+    """Raise ``ValueError`` where ``split_ways`` has nothing to train as it was published: a linear layer, the last."""
+    _, layer, head = setup.parts()
+    if not isinstance(layer, nn.Linear) or list(head.parameters()):
+        raise ValueError(
+            f"expected a linear layer last, which split_ways is published for, got {layer}; use --cut "
+            f"{encrypted_cut(build_model(setup.splits, seed=0))}, or leave split_ways out"
+        )
 
 
 def plain(setup: Setup) -> Ready:
@@ -207,12 +216,9 @@ def encrypted_inference(setup: Setup) -> Ready:
 
 def leaky(setup: Setup) -> Ready:
     """LEAKY: encrypted activations, and gradients in the clear, as published (Split Ways)."""
+    check_linear_last(setup)
     bottom, layer, head = setup.parts()
-    if not isinstance(layer, nn.Linear) or list(head.parameters()):
-        raise ValueError(
-            f"expected a linear layer last, which split_ways is published for, got {layer}; use --cut "
-            f"{encrypted_cut(build_model(setup.splits, seed=0))}"
-        )
+    assert isinstance(layer, nn.Linear)
     holder = SplitWaysHolder(SERVER, layer, optimizer_for(layer, setup.training))
     line = wire(holder, max_nbytes=setup.max_nbytes)
     held = EncryptedLayer(Keys(setup.parameters), line.party, out_of_range="clip")

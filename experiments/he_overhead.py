@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attacks import ClearGradientLabels, WeightGradientActivations
-from experiments.encrypted import WAYS, Ready, Setup, encrypted_cut
+from experiments.encrypted import WAYS, Ready, Setup, check_linear_last, encrypted_cut
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.names import find
 from experiments.record import Leakage
@@ -122,6 +122,8 @@ def tasks(config: Config, options: Options) -> list[Task]:
         device=device,
     )  # fmt: skip
     Setup(splits, base).parts()  # an impossible cut is told of now
+    if "split_ways" in config.ways:
+        check_linear_last(Setup(splits, base))
     found = []
     for way, preset, epsilon in _rows(config):
         for seed in options.seeds:
@@ -183,14 +185,19 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         seconds |= _crypto(ready, 1)
     if ready.layer is not None:
         notes += [setup.parameters.in_words(), f"{ready.layer.clipped} activations clipped to ±{ready.layer.bound:g}"]
-        utility["clipped"] = float(ready.layer.clipped)
     claim = None if ready.account is None else ready.account.claim()
     return Outcome(
-        utility=utility, leakage=_leakage(trial, splits) if way.trains and trial.way != "plain_dp" else [],
+        utility=utility, leakage=_leakage(trial, splits) if _attackable(trial) else [],
         nbytes=nbytes, seconds=seconds, visible={who: list(what) for who, what in ready.visible.items()}, notes=notes,
         epsilon=None if claim is None else claim.epsilon, delta=None if claim is None else claim.delta,
         accounts=[] if claim is None else [str(claim)],
     )  # fmt: skip
+
+
+def _attackable(trial: Trial) -> bool:
+    """Whether an attack on gradients in the clear says something: not where all is in one place, nor of true steps."""
+    way = WAYS[trial.way]
+    return way.trains and trial.way != "plain_dp" and not (way.noised and isinf(trial.epsilon))
 
 
 def _crypto(ready: Ready, epochs: int) -> dict[str, float]:
@@ -201,7 +208,7 @@ def _crypto(ready: Ready, epochs: int) -> dict[str, float]:
 def _leakage(trial: Trial, splits: Splits) -> list[Leakage]:
     """Return what the server makes of the first batches of a training of its own, which is then given up."""
     setup = Setup(
-        splits, replace(trial.training, epochs=1), trial.parameters or PRESETS["fast"](), trial.epsilon,
+        splits, trial.training, trial.parameters or PRESETS["fast"](), trial.epsilon,
         trial.config.delta, trial.config.clip, trial.config.dp_lr, TRANSCRIPT,
     )  # fmt: skip
     ready = WAYS[trial.way].ready(setup)

@@ -1,7 +1,7 @@
 """Which noise meets an ε over so many releases: asked before anything is trained."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 
 from privacy.dp import GaussianRelease, LaplaceRelease, Release, ResponseRelease, calibrate, epsilon
 
@@ -30,6 +30,7 @@ def plan(
     yield _row(f"randomised response, {classes} classes", "ε of one answer", 1 / noise, answer, releases, delta)
 
 
+@cache
 def sgd_noise(epsilon: float, delta: float, rate: float, steps: int) -> float:
     """Return the noise multiplier of DP-SGD; a hundredth of δ is left for batches over their capacity."""
     make = partial(GaussianRelease, sampling=rate)
