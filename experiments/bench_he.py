@@ -54,7 +54,7 @@ def he_overhead_figures(*, slow_rounds: int = SLOW_ROUNDS, fast_rounds: int = FA
     # Neighbours in one run, so that the machine's mood cancels.
     pairs = {
         "forward": (forward.product, by_ckks_tensor(context, big.double().numpy(), m)),
-        "backward": (lambda: back.product_back(g), by_ckks_tensor(context, g.double().numpy(), m.T.copy())),
+        "backward": (lambda: back.product_back_alone(g), by_ckks_tensor(context, g.double().numpy(), m.T.copy())),
         "small": (little.product, by_ckks_tensor(context, small.double().numpy(), few)),
         "vector": (forward.product, by_ckks_vector(context, big[:VECTOR_ROWS].double().numpy(), m)),
     }
@@ -107,12 +107,17 @@ class _Timed:
         """Return the layer's output for the inputs, after a step of the weights too small to matter."""
         with torch.no_grad():
             self.own.weight.mul_(1 + 1e-7)
-            return self.layer(self.x)
+        out, self.way_back = self.layer.product(self.x, returns=True)
+        return out
 
     def product_back(self, g: Tensor) -> Tensor:
-        """Return the gradient of the inputs, all plaintexts of weights made anew."""
+        """Return the gradient of the inputs through the weights of the last product."""
+        return self.layer.product_back(g, self.way_back)
+
+    def product_back_alone(self, g: Tensor) -> Tensor:
+        """Return the same, all plaintexts of weights made anew."""
         self.holder.forget()
-        return self.layer.product_back(g)
+        return self.product_back(g)
 
     def nbytes(self, run: Callable[[], object]) -> int:
         """Return the bytes of ciphertexts that ``run`` sends, both ways."""
@@ -141,8 +146,8 @@ def _sizes(layer: nn.Linear, narrow: nn.Linear, big: Tensor, small: Tensor, g: T
     found = {
         "forward_bytes": whole.nbytes(whole.product),
         "forward_bytes_truncated": cut.nbytes(cut.product),
-        "backward_bytes": whole.nbytes(lambda: whole.layer.product_back(g)),
-        "backward_bytes_truncated": cut.nbytes(lambda: cut.layer.product_back(g)),
+        "backward_bytes": whole.nbytes(lambda: whole.product_back(g)),
+        "backward_bytes_truncated": cut.nbytes(lambda: cut.product_back(g)),
         "small_forward_bytes": little.nbytes(little.product),
     }
     usual = _Timed(layer, big)
@@ -166,7 +171,7 @@ def _epoch(narrow: nn.Linear, x: Tensor) -> dict[str, float]:
     g = torch.randn(len(x), narrow.out_features) / len(x)
     for _ in range(EPOCH_BATCHES):
         timed.product()
-        timed.layer.product_back(g)
+        timed.product_back(g)
     return {"epoch_bytes": timed.meter.total_nbytes, "epoch_crypto_s": sum(timed.layer.seconds.values())}
 
 

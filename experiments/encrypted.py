@@ -101,6 +101,7 @@ class Ready:
     visible: Mapping[str, list[str]]
     layer: EncryptedLayer | None = None
     account: Account | None = None
+    read_by_logits: bool = True  # whether the server's layer puts out the logits
     notes: list[str] = field(default_factory=list)
 
 
@@ -141,8 +142,9 @@ def plain(setup: Setup) -> Ready:
         return u_shaped(client, line.party, top, x, y)
 
     return Ready(
-        step, setup.batches(), [client, line.party, top], line, nn.Sequential(bottom, head), {SERVER: UNLABELLED}
-    )
+        step, setup.batches(), [client, line.party, top], line, nn.Sequential(bottom, head), {SERVER: UNLABELLED},
+        read_by_logits=not list(head.parameters()),
+    )  # fmt: skip
 
 
 def plain_dp(setup: Setup) -> Ready:
@@ -163,11 +165,13 @@ def encrypted_u_dp(setup: Setup) -> Ready:
     line = wire(LayerHolder(SERVER, plain_layer, update="private"), max_nbytes=setup.max_nbytes)
     layer = EncryptedLayer(Keys(setup.parameters), line.party, update="private", out_of_range="clip")
     stage = nn.Sequential(bottom, layer, head)
-    notes = []
+    notes: list[str] = []
+    visible = LEARNS["he_u_dp"]
     if isinf(setup.epsilon):
         client = _joint(setup, stage, NO_CLIP, NOISE_OFF)
         batches: Batches | PoissonBatches = setup.batches()
         account = None
+        visible = {SERVER: [LEARNS["he_u_dp"][SERVER][0], "the TRUE steps of its layer: no noise, and no ε"]}
         notes.append("noise and clipping are off: the server reads the true step, and no ε holds; a comparison only")
     else:
         client, batches, account = _private(setup, stage)
@@ -177,7 +181,7 @@ def encrypted_u_dp(setup: Setup) -> Ready:
             client.allow(last=True)
         return he_u_dp(client, x, y)
 
-    return Ready(step, batches, [client], line, nn.Sequential(bottom, head), LEARNS["he_u_dp"], layer, account, notes)
+    return Ready(step, batches, [client], line, nn.Sequential(bottom, head), visible, layer, account, notes=notes)
 
 
 def encrypted_weights(setup: Setup) -> Ready:
@@ -265,16 +269,14 @@ def train_split_ways(training: Training, splits: Splits, shield: Shield) -> Trai
 
 
 def _trained(way: Callable[[Setup], Ready], training: Training, splits: Splits) -> Trained:
-    if training.clients != 1:
-        raise ValueError(
-            f"protocol {training.protocol} has one client here, got {training.clients}; use --clients 1, or give each "
-            "client keys and a session of its own (LayerHolder.session)"
-        )
     ready = way(Setup(splits, training))
     losses = fit(epochs_of(ready.step, ready.batches), epochs=training.epochs).losses
     visible = {observer: list(seen) for observer, seen in ready.visible.items()}
     private = splits.private
-    return Trained(ready.chain, ready.stage, losses, counted([ready.line.meter]), visible, private.x, private.y)
+    claim = None if ready.account is None else ready.account.claim()
+    return Trained(
+        ready.chain, ready.stage, losses, counted([ready.line.meter]), visible, private.x, private.y, claim=claim
+    )
 
 
 def _party(setup: Setup, name: str, stage: nn.Module) -> Learner:

@@ -71,7 +71,7 @@ def _bars(axes: Axes, members: Sequence[Point], read: Figured, logarithmic: bool
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     some = [one.mean for one in found if one is not None and one.mean > 0]
-    low, high = (min(some) / 3, max(some) * 4) if logarithmic and some else (0.0, 1.15)
+    low, high = (min(some, default=1.0) / 3, max(some, default=1.0) * 4) if logarithmic else (0.0, 1.15)
     for place, (point, spread) in enumerate(zip(members, found, strict=True)):
         if spread is None or (logarithmic and spread.mean <= 0):
             axes.text(low * 1.1 if logarithmic else 0.01, place, "nothing crosses" if spread else "—", va="center",
@@ -116,7 +116,7 @@ def _noise(axes: Axes, members: Sequence[Point]) -> None:
     axes.set_ylim(-0.03, 1.03)
     axes.grid(color="#E6E6E6", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center left")
 
 
 def _name(point: Point) -> str:

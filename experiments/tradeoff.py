@@ -155,6 +155,9 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     return Outcome(
         utility=utility, leakage=attacks.leakage, nbytes=trained.nbytes, seconds=seconds | attacks.seconds,
         visible=trained.visible | attacks.visible, notes=notes, images=attacks.images,
+        epsilon=None if trained.claim is None else trained.claim.epsilon,
+        delta=None if trained.claim is None else trained.claim.delta,
+        accounts=[] if trained.claim is None else [str(trained.claim)],
     )  # fmt: skip
 
 

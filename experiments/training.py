@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from privacy.dp import Claim
 from splitlearn.cut import layer_names
 from splitlearn.data import DATASETS, Splits, load, split, standardise
 from splitlearn.models import digits_cnn, model_for
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 
+ONE_CLIENT = ("u_shaped", "he_u_dp", "he_encw", "he_inference", "split_ways")
 USUAL_CUTS = ("relu2", "block2", "pool2", "relu1")  # after the second block, where there is one
 
 
@@ -56,8 +58,8 @@ class Training:
                 raise ValueError(f"expected --{option} of 1 or more, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"expected --lr greater than 0, got {self.lr}")
-        if self.protocol == "u_shaped" and self.clients != 1:
-            raise ValueError(f"protocol u_shaped has one client, got {self.clients}; use --clients 1")
+        if self.protocol in ONE_CLIENT and self.clients != 1:
+            raise ValueError(f"protocol {self.protocol} has one client here, got {self.clients}; use --clients 1")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Trained:
     victim_y: Tensor
     encoder: Encoder | None = None
     record: Recorded | None = None
+    claim: Claim | None = None  # of a protocol that has an ε of its own
 
 
 def device_of(name: str) -> str:

@@ -2,9 +2,13 @@
 
 from torch import Tensor
 
-__all__ = ["MISFITS", "why_no_loss", "why_no_output"]
+__all__ = ["MISFITS", "Refused", "why_no_loss", "why_no_output"]
 
 MISFITS = (RuntimeError, ValueError, IndexError)  # what torch raises for a tensor that does not fit
+
+
+class Refused(ValueError):  # noqa: N818 - what happened, not whose fault it is
+    """An error that says itself what was expected and what came; nothing is put before it."""
 
 
 def why_no_output(x: Tensor, error: Exception) -> str:

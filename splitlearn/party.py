@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from splitlearn.guard import Guard, Guards
-from splitlearn.misfit import MISFITS, why_no_loss, why_no_output
+from splitlearn.misfit import MISFITS, Refused, why_no_loss, why_no_output
 from splitlearn.randomness import Randomness
 from splitlearn.turn import Turn
 
@@ -286,6 +286,8 @@ class Learner:
             output = self.stage(x)
         except torch.OutOfMemoryError:
             raise
+        except Refused as error:
+            raise ValueError(f"{self.name}: {error}") from error
         except MISFITS as error:
             raise ValueError(f"{self.name}: {why_no_output(x, error)}") from error
         if not isinstance(output, Tensor):

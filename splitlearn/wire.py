@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from splitlearn.frames import MAX_NBYTES, Codec, Kind, Message, decode, encode, frame_nbytes
+from splitlearn.misfit import Refused
 
 __all__ = ["Carrier", "Emulated", "Exchange", "Framed", "Metered", "Recorded", "Transport", "serve"]
 
@@ -86,7 +87,7 @@ class Framed:
         reply = decode(self._carrier(encode(message, self._codec)), self._codec, max_nbytes=self._max_nbytes)
         if Kind.ERROR in reply.tensors:
             text = bytes(reply.tensors[Kind.ERROR].flatten()[:MAX_ERROR_NBYTES].to(torch.uint8).tolist())
-            raise ValueError(" ".join(text.decode(errors="replace").split()))  # one line, whatever the other end says
+            raise Refused(" ".join(text.decode(errors="replace").split()))  # one line, whatever the other end says
         return reply
 
 

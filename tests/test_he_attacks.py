@@ -21,7 +21,7 @@ from privacy.he import (
     LayerHolder,
     SplitWaysHolder,
     he_encw,
-    he_infer,
+    he_inference,
     he_u_dp,
     split_ways,
 )
@@ -94,11 +94,11 @@ def blind() -> Recorded:
 def inferred() -> Recorded:
     bottom, middle, head = stages()
     line = wire(LayerHolder("server", middle))
-    he_infer(Learner("client", nn.Sequential(bottom, EncryptedLayer(Keys(), line.party), head)), data()[0])
+    he_inference(Learner("client", nn.Sequential(bottom, EncryptedLayer(Keys(), line.party), head)), data()[0])
     return line.record
 
 
-RECOMMENDED: dict[str, Callable[[], Recorded]] = {"he_u_dp": private, "he_encw": blind, "he_infer": inferred}
+RECOMMENDED: dict[str, Callable[[], Recorded]] = {"he_u_dp": private, "he_encw": blind, "he_inference": inferred}
 
 
 def seen(record: Recorded, change: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda sent: sent) -> View:

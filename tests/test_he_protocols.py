@@ -27,7 +27,7 @@ from privacy.he import (
     LayerHolder,
     SplitWaysHolder,
     he_encw,
-    he_infer,
+    he_inference,
     he_u_dp,
     split_ways,
 )
@@ -355,7 +355,7 @@ def test_no_header_tells_how_great_encrypted_weights_are() -> None:
         layer: Any = own.client.stage[1]  # type: ignore[index]
         with torch.no_grad():
             layer.weight.mul_(times)
-        assert (layer._shrunk, he_infer(own.client, x).shape) == (1.0, (8, CLASSES))
+        assert (layer._shrunk, he_inference(own.client, x).shape) == (1.0, (8, CLASSES))
         assert (layer._shrunk < 1) == (times > 1)  # which stays here
         own.step(x, data()[1][:8])
         sent = [one for one in own.line.messages if Kind.CIPHERTEXT in one.tensors]
@@ -385,7 +385,7 @@ def test_inference_is_that_of_the_plain_model_and_sends_ciphertexts_alone() -> N
     client = Learner("client", nn.Sequential(bottom, EncryptedLayer(Keys(), line.to("server")), head))
     x, y = data()
     plain = Learner("plain", nn.Sequential(bottom, middle, head)).predict(x)
-    assert torch.allclose(he_infer(client, x), plain, atol=1e-3)  # 1e-4 at the layer, and no more past it
+    assert torch.allclose(he_inference(client, x), plain, atol=1e-3)  # 1e-4 at the layer, and no more past it
     assert torch.allclose(predict([client], x, batch_size=16), plain, atol=1e-3)
     assert evaluate([client], x, y)["accuracy"] == (plain.argmax(1) == y).double().mean().item()
     assert_only(line, {Kind.CIPHERTEXT, Kind.COUNT, Kind.PARAMETERS})
@@ -609,7 +609,7 @@ def test_two_clients_infer_through_the_same_weights_under_keys_of_their_own() ->
         plain = pair.head(pair.middle(pair.bottom(x)))
     for part in (slice(0, 10), slice(10, 20)):
         for client in clients.values():
-            assert torch.allclose(he_infer(client, x[part]), plain[part], atol=1e-3)
+            assert torch.allclose(he_inference(client, x[part]), plain[part], atol=1e-3)
     assert pair.keys["a"].id != pair.keys["b"].id
 
 

@@ -17,6 +17,8 @@ from privacy.extra import load
 
 __all__ = ["PerSample"]
 
+SMALLEST = 1e-18  # a gradient's norm below which its square is nothing in single precision
+
 
 class PerSample:
     """The stage of ``name`` under per-sample clipping; ``optimizer`` is Opacus' around the one given.
@@ -159,7 +161,7 @@ class PerSample:
                     "got an output that depends on other samples of its batch; leave out what mixes them"
                 )
         norm = float(torch.stack([g.double().norm() for g in found[: len(trained)] if g is not None]).norm())
-        return (at, norm) if norm else None
+        return (at, norm) if norm > SMALLEST else None
 
     def _prove(self, rows: Tensor, at: int, norm: float) -> None:
         """Raise ``ValueError`` where the gradient that is clipped for a sample is not all of its gradient."""

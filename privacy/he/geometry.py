@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import unfold
+from torch.nn.parameter import is_lazy
 
 from privacy.he.layout import Real
 
 __all__ = ["Geometry"]
 
 Pair = tuple[int, int]
+MOST = 1 << 24  # inputs, outputs and sizes that a holder may tell of
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Geometry:
     @classmethod
     def of(cls, layer: nn.Module) -> "Geometry":
         """Return the geometry of an ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d``; ``ValueError`` for others."""
+        if any(is_lazy(parameter) for parameter in layer.parameters()):
+            raise ValueError(f"expected a layer with shapes, got {layer}; pass a batch through it once")
         if isinstance(layer, nn.Linear):
             return cls("linear", layer.in_features, layer.out_features, layer.bias is not None)
         if isinstance(layer, nn.Conv1d | nn.Conv2d):
@@ -84,6 +88,10 @@ class Geometry:
         if self.kind == "linear":
             return x.unsqueeze(1)
         image = x.unsqueeze(2) if self.kind == "conv1d" else x
+        room = [size + 2 * pad for size, pad in zip(image.shape[2:], self.padding, strict=True)]
+        needed = [gap * (size - 1) + 1 for size, gap in zip(self.kernel, self.dilation, strict=True)]
+        if any(have < need for have, need in zip(room, needed, strict=True)):
+            raise ValueError(f"expected inputs, padding included, of at least {needed} to convolve, got {room}")
         return unfold(image, self.kernel, self.dilation, self.padding, self.stride).transpose(1, 2)
 
     def output(self, rows: Tensor, x: Tensor) -> Tensor:
@@ -94,7 +102,7 @@ class Geometry:
         form = zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         height, width = ((size + 2 * pad - gap * (k - 1) - 1) // step + 1 for size, k, step, pad, gap in form)
         image = rows.transpose(1, 2).unflatten(2, (height, width))
-        return image.squeeze(2) if self.kind == "conv1d" else image
+        return (image.squeeze(2) if self.kind == "conv1d" else image).contiguous()  # as torch's own, or Opacus errs
 
     def told(self) -> dict[str, Any]:
         """Return it as what crosses."""
@@ -105,15 +113,25 @@ class Geometry:
         """Return the geometry that a holder told."""
         try:
             fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
-            return cls(**fields)
-        except TypeError as error:
+            found = cls(**fields)
+            numbers = [found.inner, found.outer, *found.kernel, *found.stride, *found.dilation]
+            sound = found.kind in ("linear", "conv1d", "conv2d") and isinstance(found.bias, bool)
+            sound &= (
+                all(type(n) is int and 1 <= n <= MOST for n in numbers) and min(*found.padding, found.channels) >= 0
+            )
+        except (TypeError, ValueError) as error:
             raise ValueError(f"expected the geometry of a layer, got {sorted(told)}") from error
+        if not sound:
+            raise ValueError(f"expected the geometry of a layer, got {dict(told)}")
+        return found
 
     def parameters(self, layer: nn.Module | None = None) -> tuple[nn.Parameter, nn.Parameter | None]:
-        """Return the weight and bias of ``layer``, or zeros of their shapes."""
+        """Return the weight and bias of ``layer``, its own, or zeros of their shapes."""
         if layer is not None:
             weight, bias = _own(layer)
-            return nn.Parameter(weight.detach().clone()), None if bias is None else nn.Parameter(bias.detach().clone())
+            assert isinstance(weight, nn.Parameter)
+            assert bias is None or isinstance(bias, nn.Parameter)
+            return weight, bias
         return nn.Parameter(torch.zeros(self.weight_shape)), nn.Parameter(
             torch.zeros(self.outer)
         ) if self.bias else None

@@ -10,6 +10,7 @@ from privacy.he.ciphertexts import Ciphertexts
 from privacy.he.layout import Complex, Real
 from privacy.he.parameters import FAST, Parameters
 from privacy.he.seal import Ring
+from splitlearn.misfit import Refused
 
 __all__ = ["Keys", "OutOfRange", "within"]
 
@@ -30,6 +31,8 @@ class Keys:
     """
 
     def __init__(self, parameters: Parameters = FAST):
+        if not isinstance(parameters, Parameters):
+            raise Refused(f"expected Parameters, such as FAST or PRECISE, got {parameters!r}")
         self.ring = Ring(parameters)
         self.id = secrets.token_bytes(8)
         api, context = self.ring.api, self.ring.context
@@ -41,7 +44,7 @@ class Keys:
         return f"Keys({self.ring.parameters.name}, id {self.id.hex()})"
 
     def __reduce__(self) -> NoReturn:
-        raise ValueError("expected keys to stay with the client that made them, got a copy; make Keys(…) anew there")
+        raise Refused("expected keys to stay with the client that made them, got a copy; make Keys(…) anew there")
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         self.__reduce__()
@@ -78,7 +81,7 @@ class Keys:
         slots = np.stack(found)
         worst, limit = float(np.abs(slots).max()), self.parameters.range * ring.reply_scale / ciphertexts.scale
         if not worst <= 2 * limit:
-            raise ValueError(
+            raise Refused(
                 f"expected a decryption within ±{limit:g}, got {worst:.4g}: the ciphertext was changed, "
                 "or is of another key"
             )
@@ -92,11 +95,11 @@ def within(values: NDArray[Any], bound: float, what: str) -> Real:
     """
     wide = np.asarray(values, dtype=np.float64)
     if not np.isfinite(wide).all():
-        raise ValueError(f"expected finite {what} to encrypt, got nan or inf; the training has diverged")
+        raise Refused(f"expected finite {what} to encrypt, got nan or inf; the training has diverged")
     outside = int((np.abs(wide) > bound).sum())
     if outside:
-        raise ValueError(
+        raise Refused(
             f"expected {what} within ±{bound:g}, got {np.abs(wide).max():.4g} ({outside} of {wide.size} out of range); "
-            "give a greater bound, scale them down, or ask to clip them: out_of_range='clip'"
+            "scale them down, give a greater bound=…, or ask to clip them: out_of_range='clip'"
         )
     return wide

@@ -24,10 +24,13 @@ class Update(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> "Update | None":
+        told = f"expected update=frozen, private or encrypted, got {value!r}"
+        if isinstance(value, str) and value.lower() in list(cls):
+            raise ValueError(f"{told}; did you mean {value.lower()!r}?")
         raise ValueError(
-            f"expected update=frozen, private or encrypted, got {value!r}: a weight gradient in the clear is the leak "
-            "of the published protocols. It is Σ gᵢᵀaᵢ: beside the gradients, which give the labels away, it gives the "
-            "activations away too, exactly, where a batch has fewer samples than outputs"
+            f"{told}: a weight gradient in the clear is the leak of the published protocols. It is Σ gᵢᵀaᵢ: beside the "
+            "gradients, which give the labels away, it gives the activations away too, exactly, where a batch has "
+            "fewer samples than outputs"
         )
 
 
@@ -65,13 +68,15 @@ class Opening:
         """Return what a client told; ``ValueError`` for anything else, and for parameters below 128 bits."""
         told = as_object(tensor)
         try:
+            if type(told["truncated"]) is not bool or type(told["rows"]) is not int:
+                raise TypeError("a truth value and a whole number were expected")
             parameters = Parameters(
-                str(told["name"]), int(told["degree"]), tuple(int(bits) for bits in told["prime_bits"]),
-                int(told["scale_bits"]), int(told["weight_scale_bits"]),
+                " ".join(str(told["name"]).split())[:40], told["degree"], tuple(told["prime_bits"]),
+                told["scale_bits"], told["weight_scale_bits"],
             )  # fmt: skip
             return cls(
-                parameters, bytes.fromhex(told["key"]), float(told["bound"]), bool(told["truncated"]),
-                Update(told["update"]), int(told["rows"]),
+                parameters, bytes.fromhex(told["key"]), float(told["bound"]), told["truncated"], Update(told["update"]),
+                told["rows"],
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"expected parameters, key id and bounds of a client, got {sorted(told)}") from error

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from hashlib import sha256
 from math import log2, sqrt
+from operator import index
+from typing import Any
 from warnings import warn
 
 __all__ = ["DEPTH2", "FAST", "PRECISE", "PRESETS", "STANDARD", "Parameters", "tight"]
@@ -44,6 +46,9 @@ class Parameters:
     weight_scale_bits: int
 
     def __post_init__(self) -> None:
+        for name in ("degree", "scale_bits", "weight_scale_bits"):
+            object.__setattr__(self, name, _whole(getattr(self, name)))
+        object.__setattr__(self, "prime_bits", tuple(_whole(bits) for bits in self.prime_bits))
         limits = STANDARD[128]
         if self.degree not in limits:
             raise ValueError(f"expected a degree among {', '.join(map(str, limits))}, got {self.degree}")
@@ -98,6 +103,14 @@ class Parameters:
         return 2.0 ** (self.prime_bits[0] - 1 - self.reply_scale_bits)
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest bound of inputs that leaves two digits beside errors of inputs and of weights.
+
+        By the errors of a slot: of encryption, and of weights rounded to their scale in a period of 64.
+        """
+        return 100 * self.fresh_std, 2.0**self.weight_scale_bits / 320
+
+    @property
     def security_bits(self) -> int:
         """The level of the standard's table that this set has: 128, 192 or 256 bits."""
         return max(level for level, limits in STANDARD.items() if self.modulus_bits <= limits[self.degree])
@@ -133,10 +146,17 @@ class Parameters:
         """Return ring, modulus, security by both tables, scales and range, in a line."""
         return (
             f"{self.name}: degree {self.degree}, modulus of {self.modulus_bits} bits {list(self.prime_bits)}; at least "
-            f"{self.security_bits} bits of security (limits at 128: {STANDARD[128][self.degree]} by SEAL, "
+            f"{self.security_bits} bits of security by SEAL's table (at 128: {STANDARD[128][self.degree]} by SEAL, "
             f"{GUIDELINES_2024[self.degree]} by eprint 2024/463); scales 2^{self.scale_bits} and "
             f"2^{self.weight_scale_bits}, sums under {self.range:g}"
         )
+
+
+def _whole(number: Any) -> int:
+    try:
+        return index(number)
+    except TypeError as error:
+        raise ValueError(f"expected whole numbers as parameters of encryption, got {number!r}") from error
 
 
 FAST = Parameters("fast", 2048, (48,), 22, 20)

@@ -1,7 +1,7 @@
 """The server's side of an encrypted product: ciphertexts of X times weights, in the clear or encrypted too."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from math import ceil, log2, sqrt
 from typing import Any
 
@@ -24,13 +24,13 @@ MOST_HALVINGS = 6  # of the weights' scale; each takes a bit of precision
 LINK = 100e6 / 8  # bytes a second that a transfer is reckoned at
 
 
-@cache
+@lru_cache(maxsize=256)
 def plan(parameters: Parameters, rows: int, inner: int, outer: int, *, truncated: bool = True) -> Layout:
     """Return the layout that both sides take for X [rows, inner] · M [inner, outer]; it follows from public numbers."""
     return cheapest(rows, inner, outer, parameters.slots, costs(parameters, truncated))
 
 
-@cache
+@lru_cache(maxsize=256)
 def costs(parameters: Parameters, truncated: bool = True) -> Cost:
     """Return what a ciphertext up, one down and a product take under these parameters."""
     size = parameters.degree / 2048 * len(parameters.data_bits)
@@ -88,7 +88,7 @@ def halvings_for(ring: Ring, layout: Layout, m: Real, b: Real | None, bound: flo
         raise ValueError(
             f"expected weights under which inputs within ±{bound:g} stay below {limit * 2**MOST_HALVINGS:g}, the range "
             f"of {ring.parameters.name} at the least precision, got sums of up to {worst:.4g}, which would wrap "
-            "around; give a smaller bound, parameters with a greater range, or decay the weights"
+            "around; give a smaller bound, parameters with a greater range (DEPTH2), or decay the weights"
         )
     return halvings
 

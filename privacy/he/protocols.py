@@ -13,7 +13,7 @@ from privacy.he.layer import EncryptedLayer
 from privacy.he.opening import Update
 from splitlearn.party import Learner
 
-__all__ = ["LEARNS", "he_encw", "he_infer", "he_u_dp"]
+__all__ = ["LEARNS", "he_encw", "he_inference", "he_u_dp"]
 
 CIPHERTEXTS = "ciphertexts, which tell nothing without the key (ring-LWE); how many samples cross, and when"
 # Protocol -> observer -> what it learns, for the records.
@@ -75,7 +75,7 @@ def he_encw(client: Learner, x: Tensor, y: Tensor) -> Tensor:
     return client.learn(x, y)[0]
 
 
-def he_infer(client: Learner, x: Tensor) -> Tensor:
+def he_inference(client: Learner, x: Tensor) -> Tensor:
     """Return the model's output for ``x``, one layer of it computed on ciphertexts; nothing is trained.
 
     The server learns ciphertexts, sizes and timing; the client the output, and so in effect the layer. What the client

@@ -168,6 +168,10 @@ class _Scratch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._open()
+
+    def _open(self) -> None:
+        self._pid = os.getpid()
         if hasattr(os, "memfd_create"):
             self._fd = os.memfd_create("ciphertext")
             self._path = f"/proc/self/fd/{self._fd}"
@@ -176,14 +180,22 @@ class _Scratch:
             file = tempfile.NamedTemporaryFile()  # noqa: SIM115 - lives as long as this object
             self._fd, self._path, self._file = file.fileno(), file.name, file
 
+    def _own(self) -> None:
+        """Have a file of this process's own: after a fork the parent's would be written by both."""
+        if self._pid != os.getpid():
+            self._lock = threading.Lock()
+            self._open()
+
     def written(self, thing: Any) -> bytes:
         """Return what SEAL stores of ``thing``."""
+        self._own()
         with self._lock:
             thing.save(self._path)
             return os.pread(self._fd, os.fstat(self._fd).st_size, 0)
 
     def read(self, thing: Any, context: Any, stored: bytes) -> None:
         """Have SEAL load ``thing`` from these bytes."""
+        self._own()
         with self._lock:
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, stored, 0)
