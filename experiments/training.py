@@ -18,6 +18,7 @@ from splitlearn.train import Predictor
 from splitlearn.wire import Recorded
 
 __all__ = [
+    "ONE_CLIENT",
     "Trained",
     "Training",
     "build_model",

@@ -20,7 +20,7 @@ from experiments.experiment import Options
 from experiments.parts import Aim, Attack, Protection, Shield
 from experiments.runner import Outcome, run
 from experiments.store import Store
-from experiments.training import Training, load_splits
+from experiments.training import ONE_CLIENT, Training, load_splits
 from splitlearn.data import Dataset, Splits, split
 from splitlearn.guard import Guard
 from splitlearn.threat import Grants, Threat, observe
@@ -59,13 +59,23 @@ def test_every_protection_at_every_strength_becomes_a_task() -> None:
 
 
 @pytest.mark.usefixtures("quick_decoder")
-@pytest.mark.parametrize("protocol", list(PROTOCOLS))
+@pytest.mark.filterwarnings("ignore:.*LEAKY")
+@pytest.mark.parametrize(
+    "protocol",  # planning noise by privacy loss distributions takes seconds
+    [pytest.param(name, marks=pytest.mark.slow if name == "he_u_dp" else ()) for name in PROTOCOLS],
+)
 def test_every_protocol_trains_and_is_attacked(protocol: str) -> None:
-    clients = 1 if protocol in ("unsplit", "u_shaped") else 2
-    (task,) = tradeoff.tasks(replace(TOY, protocols=(protocol,), clients=clients), ONCE)
+    clients = 1 if protocol in ("unsplit", *ONE_CLIENT) else 2
+    encrypted = protocol.startswith("he_") or protocol == "split_ways"
+    change = {"cuts": ("relu4",)} if encrypted else {}
+    (task,) = tradeoff.tasks(replace(TOY, protocols=(protocol,), clients=clients, **change), ONCE)
     outcome = task.call()
     assert 0 <= outcome.utility["accuracy"] <= 1
-    if protocol in ("unsplit", "fedavg"):
+    if encrypted:
+        assert ("ciphertext" in outcome.nbytes["up"]) is (protocol != "he_inference")  # which trains in one place
+        assert (outcome.epsilon is not None) is (protocol == "he_u_dp")
+        assert bool(outcome.accounts) is (protocol == "he_u_dp")
+    if not PROTOCOLS[protocol].activations_cross:
         assert outcome.leakage == []
         assert any("no activation crosses" in note for note in outcome.notes)
     else:
