@@ -558,13 +558,16 @@ def test_a_scale_that_was_halved_is_read_as_it_is() -> None:
 
 
 Change = Callable[[bytes], bytes]
+SESSIONS = (
+    r"each client needs a session of its own \(holder.session\(name\)\), which opening it again under another key ends$"
+)
 SCALE = r"expected ciphertexts of scale 4\.398046511e\+12, got "
 
 
 @pytest.mark.parametrize(
     ("change", "wanted", "message"),
     [
-        (bytes, {"key": b"somebody"}, r"under key 736f6d65626f6479, got [0-9a-f]{16}$"),
+        (bytes, {"key": b"somebody"}, rf"under key 736f6d65626f6479, got [0-9a-f]{{16}}; {SESSIONS}"),
         (
             lambda raw: written(raw, "parameters", PRECISE.digest), {},
             rf"of parameter set {FAST.digest.hex()} \(fast: degree 2048.*\), got {PRECISE.digest.hex()}$",
@@ -645,7 +648,7 @@ def test_another_keys_ciphertexts_are_seen_by_their_id_and_by_what_they_decrypt_
     made = products(other, SMALL, x, Weights(other.ring, SMALL, m, None, BOUND).plain)
     theirs = replied(other.ring, made, other.id, 4, truncated=form == "truncated")
     ours = keys_of("fast")
-    with pytest.raises(ValueError, match=rf"under key {ours.id.hex()}, got {other.id.hex()}$"):
+    with pytest.raises(ValueError, match=rf"under key {ours.id.hex()}, got {other.id.hex()}; {SESSIONS}"):
         read(theirs.tensor(other.ring).numpy().tobytes(), form=form)
     disguised = read(replace(theirs, key=ours.id).tensor(other.ring).numpy().tobytes(), form=form)
     with pytest.raises(ValueError, match=r"expected a decryption within ±32, got [0-9.e+]+: .* or is of another key"):
@@ -708,7 +711,7 @@ def test_inputs_that_are_not_finite(value: float, bound: float) -> None:
 
 def test_inputs_out_of_range_are_refused() -> None:
     values = np.array([[8.0, -8.0, 8.5], [-9.25, 0.0, 3.0]], np.float32)
-    with pytest.raises(ValueError, match=r"expected activations within ±8, got 9.25 \(2 of 6 out of range\); give a"):
+    with pytest.raises(ValueError, match=r"expected activations within ±8, got 9.25 \(2 of 6 out of range\); scale"):
         within(values, 8.0, "activations")
     same = within(values, 9.25, "activations")
     assert same.dtype == np.float64

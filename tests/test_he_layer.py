@@ -1,7 +1,10 @@
 """An encrypted layer against the plain one: values, gradients, bounds, and what is refused before it crosses."""
 
 import copy
+import io
 import json
+import multiprocessing
+import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -16,8 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from privacy.he import FAST, PRECISE, CipherHolder, EncryptedLayer, Keys, LayerHolder, Parameters, tight
+from privacy.he.function import again
+from privacy.he.geometry import Geometry
+from privacy.he.holding import OPEN_PRODUCTS, TICKET
+from privacy.he.layer import WayBack
 from privacy.he.opening import Opening, Update, as_tensor
 from splitlearn import Kind, wire
+from splitlearn.misfit import Refused
 from splitlearn.service import keyed
 
 MODES = ["frozen", "private", "encrypted"]
@@ -393,6 +401,8 @@ def test_a_gradient_near_the_least_double_is_no_error() -> None:
         (nn.Conv3d(1, 1, 1), "got Conv3d"),
         (nn.ConvTranspose1d(1, 1, 1), "got ConvTranspose1d"),
         (nn.Sequential(nn.Linear(2, 2)), "got Sequential"),
+        (nn.LazyLinear(3), "expected a layer with shapes, got LazyLinear.*; pass a batch through it once"),
+        (nn.LazyConv2d(3, 2), "expected a layer with shapes, got LazyConv2d"),
     ],
 )
 def test_layers_that_are_no_plain_product_are_refused(make: Any, layer: nn.Module, says: str) -> None:
@@ -432,10 +442,14 @@ def test_weight_gradients_in_the_clear_are_refused_and_the_reason_given(make: Ca
         ({"update": "encrypted", "layer": nn.Linear(3, 2), "rows": -1}, "Linear and -1"),
         ({"update": "frozen", "layer": nn.Linear(3, 2), "rows": 4}, "with no other; got update='frozen'"),
         ({"update": "private", "layer": nn.Linear(3, 2), "rows": 4}, "got update='private'"),
-        ({"bound": 0.0}, "expected a finite bound above 0"),
-        ({"bound": float("inf")}, "expected a finite bound above 0"),
-        ({"bound": float("nan")}, "expected a finite bound above 0"),
-        ({"out_of_range": "wrap"}, "raise or clip beyond it, got 32.0 and 'wrap'"),
+        *(
+            (
+                {"bound": bound},
+                rf"a bound from 0.00345 to 3.28e\+03, within which fast has digits left, got {bound}; sc",
+            )
+            for bound in (0.0, 0.003, 3300.0, float("inf"), float("nan"), -1.0)
+        ),
+        ({"bound": 0.0, "out_of_range": "wrap"}, "expected out_of_range to be raise or clip, got 'wrap'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_crosses(options: dict[str, Any], says: str) -> None:
@@ -443,6 +457,43 @@ def test_settings_that_make_no_sense_are_refused_before_anything_crosses(options
     with pytest.raises(ValueError, match=says):
         EncryptedLayer(keys(), noted, **options)
     assert not noted.verbs
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["least", "greatest"])
+@pytest.mark.parametrize("parameters", [FAST, PRECISE], ids=["fast", "precise"])
+def test_the_bounds_at_either_end_are_of_use(parameters: Parameters, end: int) -> None:
+    plain, bound = nn.Linear(16, 4, bias=False), parameters.bounds[end]
+    with torch.no_grad():
+        plain.weight.div_(max(1.0, bound))  # or great products would cost digits too
+    layer = EncryptedLayer(keys(parameters), LayerHolder("server", plain), bound=bound)
+    x = bound * (2 * torch.rand(8, 16) - 1)
+    assert_close(layer(x), plain(x), tolerance(x, plain.weight, parameters))
+
+
+@pytest.mark.parametrize(
+    ("own", "holder", "got"),
+    [
+        ("fast", LayerHolder("server", nn.Linear(3, 2)), "got str and LayerHolder"),
+        (None, LayerHolder("server", nn.Linear(3, 2)), "got NoneType and LayerHolder"),
+        (Keys(), nn.Linear(3, 2), "got Keys and Linear"),
+        (LayerHolder("server", nn.Linear(3, 2)), Keys(), "got LayerHolder and Keys"),
+    ],
+)
+def test_what_is_no_key_or_no_holder_is_refused(own: Any, holder: Any, got: str) -> None:
+    with pytest.raises(
+        Refused, match=rf"expected Keys\(\) and a holder, or wire\(holder\).party across a wire, {got}$"
+    ):
+        EncryptedLayer(own, holder)
+
+
+@pytest.mark.parametrize("value", ["Private", "FROZEN", "Encrypted"])
+def test_an_update_by_another_case_is_asked_back_about(value: str) -> None:
+    for make in (
+        lambda: EncryptedLayer(keys(), LayerHolder("server", nn.Linear(3, 2)), update=value),
+        lambda: LayerHolder("server", nn.Linear(3, 2), update=value),
+    ):
+        with pytest.raises(ValueError, match=rf"got '{value}'; did you mean '{value.lower()}'\?$"):
+            make()
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(3, 4), nn.Linear(3, 2, bias=False), nn.Conv1d(3, 2, 1)])
@@ -468,6 +519,45 @@ def test_inputs_of_another_shape_are_refused_before_they_cross(plain: nn.Module,
     with pytest.raises(ValueError, match=r"expected inputs of \d dimensions, at least one, with \d in the second, got"):
         layer(torch.rand(shape))
     assert noted.verbs == ["open"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+def test_inputs_of_whole_numbers_are_refused_as_the_plain_layer_does(dtype: torch.dtype) -> None:
+    plain, x = nn.Linear(3, 2), torch.ones(4, 3).to(dtype)
+    noted = Noted(LayerHolder("server", plain))
+    layer = EncryptedLayer(keys(), noted)
+    with pytest.raises(RuntimeError):
+        plain(x)
+    with pytest.raises(Refused, match=f"expected floating-point inputs, as torch's own layer does, got {dtype}"):
+        layer(x)
+    assert noted.verbs == ["open"]
+
+
+@pytest.mark.parametrize(
+    ("plain", "shape", "got"),
+    [
+        (nn.Conv1d(1, 2, 5), (2, 1, 4), r"\[1, 5\] to convolve, got \[1, 4\]"),
+        (nn.Conv1d(1, 2, 3, dilation=3, padding=1), (2, 1, 4), r"\[1, 7\] to convolve, got \[1, 6\]"),
+        (nn.Conv2d(1, 2, (2, 6), padding=1), (2, 1, 4, 3), r"\[2, 6\] to convolve, got \[6, 5\]"),
+    ],
+)
+def test_a_kernel_greater_than_its_input_is_refused_before_it_crosses(
+    plain: nn.Module, shape: tuple[int, ...], got: str
+) -> None:
+    noted = Noted(LayerHolder("server", plain))
+    layer = EncryptedLayer(keys(), noted)
+    with pytest.raises(ValueError, match=f"expected inputs, padding included, of at least {got}"):
+        layer(torch.rand(shape))
+    assert noted.verbs == ["open"]
+
+
+@pytest.mark.parametrize(
+    ("plain", "shape"), [(nn.Conv1d(2, 3, 2), (4, 2, 5)), (nn.Conv2d(2, 3, 2), (4, 2, 5, 4))], ids=["conv1d", "conv2d"]
+)
+def test_outputs_lie_in_memory_as_the_plain_layers_do(plain: nn.Module, shape: tuple[int, ...]) -> None:
+    y, expected = EncryptedLayer(keys(), LayerHolder("server", plain))(torch.rand(shape)), plain(torch.rand(shape))
+    assert y.is_contiguous()
+    assert y.stride() == expected.stride()
 
 
 def test_a_layer_and_with_it_a_party_is_not_copied() -> None:
@@ -577,8 +667,8 @@ def test_a_change_whose_answer_was_lost_is_sent_again_and_counts_once(across: bo
     assert losing.counts == [1, 1, 1, 2]
 
 
-def numbered(number: int, own: Keys) -> dict[str, Tensor]:
-    return {Kind.COUNT: torch.tensor(number), Kind.PARAMETERS: as_tensor({"key": own.id.hex()})}
+def numbered(number: int, own: Keys, made: Any = 0) -> dict[str, Tensor]:
+    return {Kind.COUNT: torch.tensor(number), Kind.PARAMETERS: as_tensor({"key": own.id.hex(), "made": made})}
 
 
 def test_changes_are_numbered_from_1_in_each_session_and_others_refused() -> None:
@@ -606,6 +696,59 @@ def test_changes_are_numbered_from_1_in_each_session_and_others_refused() -> Non
         ):
             holder.ask("change", numbered(3, Keys()) | changes)
     assert torch.allclose(plain.weight, start + 4)  # float32's rounding
+
+
+@pytest.mark.parametrize("made", [1, 3, None, "0", 0.0, True])
+def test_a_client_that_has_sent_more_changes_than_the_holder_has_seen_is_refused(made: Any) -> None:
+    plain = nn.Linear(3, 2)
+    holder = LayerHolder("server", plain, update="private")
+    EncryptedLayer(keys(), holder, update="private")
+    before = plain.weight.detach().clone()
+    changes = keyed({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, Kind.UPDATE)
+    with pytest.raises(
+        ValueError, match=f"server: expected a client that has sent at most 0 changes, got one that has sent {made}; re"
+    ):
+        holder.ask("change", numbered(1, keys(), made) | changes)
+    assert torch.equal(plain.weight, before)
+
+
+def test_a_client_goes_on_with_the_holder_that_has_its_changes_and_with_no_fresh_one() -> None:
+    plain = nn.Linear(3, 2)
+    start, holder = copy.deepcopy(plain), LayerHolder("server", plain, update="private")
+
+    def step(layer: EncryptedLayer) -> None:
+        assert layer.weight is not None
+        with torch.no_grad():
+            layer.weight += 0.5
+        layer.pass_on()
+
+    layer = EncryptedLayer(keys(), holder, update="private")
+    for _ in range(2):
+        step(layer)
+    client, server = layer.state_dict(), holder.state_dict()
+    fresh = LayerHolder("server", copy.deepcopy(start), update="private")
+    alone = EncryptedLayer(Keys(), fresh, update="private")
+    alone.load_state_dict(client)
+    with pytest.raises(ValueError, match="at most 0 changes, got one that has sent 2; resume the holder too"):
+        step(alone)
+    assert torch.equal(fresh.layer.weight, start.weight)
+    fresh.load_state_dict(server)
+    both = EncryptedLayer(Keys(), fresh, update="private")
+    both.load_state_dict(client)
+    step(both)
+    assert torch.equal(fresh.layer.weight, start.weight + 0.5 + 0.5 + 0.5)
+    assert (int(both.state_dict()["changes"]), fresh.state_dict()["made"]) == (3, 3)
+
+
+def test_a_private_layers_state_is_how_many_changes_it_has_sent() -> None:
+    plain = nn.Linear(3, 2)
+    layer = EncryptedLayer(keys(), LayerHolder("server", plain, update="private"), update="private")
+    stage = nn.Sequential(nn.Linear(3, 3), layer)
+    state = stage.state_dict()
+    assert state.keys() == {"0.weight", "0.bias", "1.changes"}
+    assert (state["1.changes"].dtype, int(state["1.changes"])) == (torch.int64, 0)
+    with pytest.raises(RuntimeError, match=r'(?s)Missing key.*"1.weight", "1.bias".*Unexpected key.*"1.changes"'):
+        nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).load_state_dict(state)
 
 
 def test_a_change_that_was_refused_does_not_count() -> None:
@@ -668,6 +811,97 @@ def test_encrypted_weights_go_up_when_they_have_changed_and_no_oftener() -> None
         assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), 1e-3)
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+def test_an_optimizer_over_the_given_layer_trains_encrypted_weights(make: Any) -> None:
+    plain, x = nn.Linear(4, 3), torch.rand(4, 4)
+    before, optimizer = copy.deepcopy(plain), make(plain.parameters(), lr=0.1)
+    layer = encrypted(plain, "encrypted", CipherHolder("server", plain))
+    assert layer.weight is plain.weight
+    assert layer.bias is plain.bias
+    layer(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(plain.weight, before.weight)
+    assert_same_layer(plain, layer, x)  # with the weights as they are now
+
+
+@pytest.mark.parametrize("update", ["frozen", "private"])
+def test_evaluations_of_other_sizes_change_no_gradient_and_no_later_product(update: str) -> None:
+    # Each size has a layout of its own, and each product sums that take three halvings of the weights' scale.
+    plain = nn.Linear(8, 8, bias=False)
+    nn.init.ones_(plain.weight)
+    layer = encrypted(plain, update, LayerHolder("server", plain, update=update), bound=32.0)
+    x, slack = torch.full((4, 8), 30.0, requires_grad=True), 2**3
+    y = layer(x)
+    assert_close(y, plain(x), slack * tolerance(x, plain.weight))
+    for rows in (5, 7, 9):
+        other = torch.full((rows, 8), 30.0)
+        with torch.no_grad():
+            assert_close(layer(other), plain(other), slack * tolerance(other, plain.weight))
+    g = torch.randn(4, 8)
+    y.backward(g)
+    back = tolerance(torch.ones(1, 8), plain.weight.T)
+    assert_close(x.grad, g @ plain.weight.detach(), slack * back * float(g.abs().max()))
+    assert_close(layer(x), plain(x), slack * tolerance(x, plain.weight))
+
+
+def opened_products(
+    update: str, count: int, across: bool = False
+) -> tuple[EncryptedLayer, list[tuple[Tensor, Tensor, Tensor]]]:
+    """A layer and several products of it whose gradients have not gone back: inputs, outputs, and weights of then."""
+    plain = nn.Linear(6, 3)
+    holder = holder_of(plain, update)
+    layer = encrypted(plain, update, wire(holder).party if across else holder, rows=5)
+    found = []
+    for _ in range(count):
+        # Small, so that none are shrunk. Encrypted, they are this client's, and torch would refuse a gradient past a
+        # change that it knows of.
+        plain.weight.data = 0.1 * torch.randn(3, 6)
+        x = torch.rand(5, 6, requires_grad=True)
+        found.append((x, layer(x), plain.weight.detach().clone()))
+    plain.weight.data = 0.1 * torch.randn(3, 6)
+    return layer, found
+
+
+@pytest.mark.parametrize("update", MODES)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)], ids=str)
+def test_each_gradient_goes_back_through_the_weights_of_its_own_product(order: tuple[int, ...], update: str) -> None:
+    _, products = opened_products(update, len(order))
+    for at in order:
+        x, y, then = products[at]
+        g = torch.randn(5, 3)
+        (found,) = torch.autograd.grad(y, x, g)
+        assert_close(found, g @ then, tolerance(torch.ones(1, 3), then.T) * float(g.abs().max()))
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["here", "across a wire"])
+@pytest.mark.parametrize("update", MODES)
+def test_more_open_products_than_a_session_keeps_are_refused(update: str, across: bool) -> None:
+    _, products = opened_products(update, OPEN_PRODUCTS + 1, across)
+    (x, y, _), *kept = products
+    with pytest.raises(
+        ValueError,
+        match="server: expected the gradient of one of this session's last 4 products, got that of product 1",
+    ) as refused:
+        torch.autograd.grad(y.sum(), x)
+    assert isinstance(refused.value, Refused) == across  # whatever comes in a frame says itself what it is
+    for x, y, then in kept:
+        (found,) = torch.autograd.grad(y.sum(), x)
+        assert_close(found, then.sum(0).expand(5, 6), tolerance(torch.ones(1, 3), then.T))
+
+
+@pytest.mark.parametrize("update", MODES)
+def test_a_layer_used_several_times_in_one_graph(update: str) -> None:
+    plain = nn.Linear(4, 4)
+    layer = encrypted(plain, update, holder_of(plain, update))
+    x = torch.rand(4, 4)
+    near, far = (x.clone().requires_grad_() for _ in range(2))
+    (expected, found) = (one(one(one(start).tanh()).tanh()) for one, start in ((plain, near), (layer, far)))
+    small = 4 * tolerance(x, plain.weight) * max(1.0, float(torch.linalg.matrix_norm(plain.weight.detach(), 2))) ** 2
+    assert_close(found, expected, small)  # errors of three products, each through at most two more
+    (g,), (back,) = (torch.autograd.grad(y.sum(), start) for y, start in ((expected, near), (found, far)))
+    assert_close(back, g, 4 * small)  # and tanh's slope errs by twice its argument's error
+
+
 def test_a_gradient_goes_back_through_the_weights_of_its_own_forward_pass() -> None:
     plain = nn.Linear(4, 3)
     layer, x = EncryptedLayer(keys(), LayerHolder("server", plain)), torch.rand(5, 4, requires_grad=True)
@@ -725,6 +959,35 @@ def test_a_second_gradient_that_is_a_multiple_row_by_row_crosses_no_more() -> No
     assert noted.verbs == ["open", "product", "product_back"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-15, 1e-25, 1e-29])
+def test_tiny_gradients_cross_but_once_too(size: float, dtype: torch.dtype) -> None:
+    plain = nn.Linear(4, 3).to(dtype)
+    noted = Noted(LayerHolder("server", plain))
+    layer, x = EncryptedLayer(keys(), noted), torch.rand(5, 4, dtype=dtype, requires_grad=True)
+    y, g = layer(x), size * torch.randn(5, 3, dtype=dtype)
+    (first,) = torch.autograd.grad(y, x, g, retain_graph=True)
+    expected = (g.double() @ plain.weight.detach().double()) / size
+    assert_close(
+        first.double() / size, expected, tolerance(torch.ones(1, 3), plain.weight.T) * float(g.abs().max()) / size
+    )
+    for factor in (0.5, 0.3, 0.0):
+        (found,) = torch.autograd.grad(y, x, factor * g, retain_graph=True)
+        near = float(first.abs().max()) * 100 * torch.finfo(dtype).eps
+        assert_close(found, factor * first, near)
+    assert noted.verbs == ["open", "product", "product_back"]
+
+
+def test_a_row_below_the_tiniest_counts_as_none() -> None:
+    known = torch.tensor([[1e-25, -2e-25], [1e-31, 0.0], [1.0, 3.0]])
+    back = torch.tensor([[5e-25], [0.0], [7.0]])
+    found = again(torch.tensor([[2e-25, -4e-25], [0.0, 1e-31], [-1.0, -3.0]]), known, back)
+    assert found is not None
+    assert torch.allclose(found, torch.tensor([[1e-24], [0.0], [-7.0]]), rtol=1e-5, atol=0)  # float32's rounding
+    assert again(torch.tensor([[2e-25, -4e-25], [0.0, 1e-29], [1.0, 3.0]]), known, back) is None  # now it has one
+    assert again(torch.tensor([[2e-25, 4e-25], [0.0, 0.0], [1.0, 3.0]]), known, back) is None  # no multiple
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("change", ["another row", "a row that had none", "one entry"])
 def test_a_second_gradient_that_is_no_multiple_crosses_again(change: str, dtype: torch.dtype) -> None:
@@ -756,15 +1019,75 @@ def test_a_holders_state_is_its_weights_and_comes_back() -> None:
     layer, x = EncryptedLayer(keys(), holder), torch.rand(5, 4)
     layer(x)
     state = holder.state_dict()
-    assert state.keys() == {"weight", "bias"}
+    assert state.keys() == {"layer", "made"}
+    assert state["layer"].keys() == {"weight", "bias"}
+    assert state["made"] == 0
     with torch.no_grad():
         plain.weight.zero_()
-    assert state["weight"].any()  # a copy
+    assert state["layer"]["weight"].any()  # a copy
     another = LayerHolder("another", other)
     for one in (holder, another):
         one.load_state_dict(state)
-        assert torch.equal(one.layer.weight, state["weight"])
+        assert torch.equal(one.layer.weight, state["layer"]["weight"])
     assert_same_layer(other, layer, x)
+    for wrong in (state["layer"], LayerHolder("wide", nn.Linear(5, 3)).state_dict(), {}):
+        with pytest.raises(ValueError, match="server: expected the state of a holder of Linear"):
+            holder.load_state_dict(wrong)
+
+
+# The plain layer again
+
+
+@pytest.mark.parametrize("update", MODES)
+@pytest.mark.parametrize(
+    ("plain", "shape"),
+    [(nn.Linear(6, 4), (4, 6)), (nn.Conv1d(2, 3, 2, bias=False), (2, 2, 5)), (nn.Conv2d(1, 2, 2), (2, 1, 4, 3))],
+    ids=["linear", "conv1d", "conv2d"],
+)
+def test_the_plain_layer_computes_what_the_encrypted_one_does_and_is_a_copy(
+    plain: nn.Module, shape: tuple[int, ...], update: str
+) -> None:
+    holder, before = holder_of(plain, update), copy.deepcopy(plain.state_dict())
+    layer, x = encrypted(plain, update, holder), torch.randn(shape).clamp(-4, 4)
+    for _ in range(2):  # as they are now, not as they were when the layer was made
+        own = layer.plain() if update == "encrypted" else layer.plain(holder)  # type: ignore[arg-type]
+        assert type(own) is type(plain)
+        assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in own.state_dict().items())
+        assert_close(own(x), layer(x), tolerance(x, plain.weight))
+        with torch.no_grad():
+            own.weight.zero_()
+            plain.weight.mul_(-1)
+    assert all(torch.equal(one.abs(), before[name].abs()) for name, one in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("update", ["frozen", "private"])
+def test_weights_that_are_the_holders_take_the_holders_leave(update: str) -> None:
+    layer = encrypted(nn.Linear(3, 2), update, LayerHolder("server", nn.Linear(3, 2), update=update))
+    with pytest.raises(
+        Refused, match=r"expected the holder, which has the weights, got none; plain\(holder\) with its"
+    ):
+        layer.plain()
+
+
+@pytest.mark.parametrize("update", MODES)
+def test_a_model_with_the_plain_layer_is_saved_and_loaded_as_torch_does(update: str) -> None:
+    plain, bottom, head = nn.Linear(5, 4), nn.Linear(6, 5), nn.Linear(4, 3)
+    holder = holder_of(plain, update)
+    layer, x = encrypted(plain, update, holder), torch.randn(4, 6).clamp(-4, 4)
+    own = nn.Sequential(bottom, layer.plain() if update == "encrypted" else layer.plain(holder), head)  # type: ignore[arg-type]
+    with io.BytesIO() as file:
+        torch.save(own, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+    with io.BytesIO() as file:
+        torch.save(own.state_dict(), file)
+        file.seek(0)
+        blank = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3))
+        blank.load_state_dict(torch.load(file))
+    expected = head(plain(bottom(x)))
+    assert torch.equal(loaded(x), expected)
+    assert torch.equal(blank(x), expected)
+    assert_close(head(layer(bottom(x))), expected, 10 * tolerance(bottom(x), plain.weight))  # the head adds up four
 
 
 @pytest.mark.parametrize("update", ["frozen", "private"])
@@ -821,19 +1144,20 @@ def test_a_holder_that_is_opened_again_forgets_the_session_before() -> None:
     plain, x = nn.Linear(3, 2), torch.rand(4, 3)
     holder = LayerHolder("server", plain)
     layer = EncryptedLayer(keys(), holder)
-    layer(x.requires_grad_())
+    y = layer(x.requires_grad_())
     EncryptedLayer(keys(PRECISE), holder)
-    with pytest.raises(ValueError, match="server: expected a product before its gradient goes back, got none"):
-        layer.product_back(torch.rand(4, 2))
+    with pytest.raises(ValueError, match=r"server: expected the gradient of one of .*, got that of product 1 of 1"):
+        y.sum().backward()
     with pytest.raises(ValueError, match="expected ciphertexts of parameter set"):
         layer(x)
     blind = CipherHolder("server", plain)
-    encrypted(plain, "encrypted", blind)(x)
-    again = encrypted(plain, "encrypted", blind, keys=keys(PRECISE))
-    for asked in (again.product, again.product_back):
-        with pytest.raises(ValueError, match="server: expected encrypted weights and a product first, got none"):
-            asked(torch.rand(4, 3 if asked == again.product else 2))
-    assert_same_layer(plain, again, x.detach(), PRECISE)
+    y = encrypted(plain, "encrypted", blind)(x)
+    anew = encrypted(plain, "encrypted", blind, keys=keys(PRECISE))
+    with pytest.raises(ValueError, match="server: expected encrypted weights first, got none"):
+        anew.product(torch.rand(4, 3))
+    with pytest.raises(ValueError, match=r"server: expected the gradient of one of .*, got that of product 1 of 1"):
+        y.sum().backward()
+    assert_same_layer(plain, anew, x.detach(), PRECISE)
 
 
 def test_an_opening_that_is_refused_leaves_the_session_as_it_was() -> None:
@@ -865,19 +1189,39 @@ def test_a_holder_that_no_client_has_opened_says_so(verb: str, across: bool) -> 
     assert torch.equal(plain.weight, before)
 
 
-def test_a_gradient_before_any_product_is_refused() -> None:
-    holder = LayerHolder("server", nn.Linear(3, 2))
-    layer = EncryptedLayer(keys(), holder)
-    with pytest.raises(ValueError, match="server: expected a product before its gradient goes back, got none"):
-        layer.product_back(torch.rand(4, 2))
+NO_TICKET = "server: expected the gradient of one of this session's last 4 products, got that of product"
 
 
-@pytest.mark.parametrize("verb", ["product", "product_back"])
-def test_a_product_before_the_encrypted_weights_is_refused(verb: str) -> None:
+@pytest.mark.parametrize("update", MODES)
+@pytest.mark.parametrize(("ticket", "got"), [({}, "0 of 0"), ({TICKET: torch.tensor(1)}, "1 of 0")], ids=["none", "1"])
+def test_a_gradient_before_any_product_is_refused(ticket: dict[str, Tensor], got: str, update: str) -> None:
+    plain = nn.Linear(3, 2)
+    layer = encrypted(plain, update, holder_of(plain, update))
+    with pytest.raises(ValueError, match=f"{NO_TICKET} {got}$"):
+        layer.product_back(torch.rand(4, 2), WayBack(ticket, 1.0))
+
+
+@pytest.mark.parametrize("update", ["frozen", "encrypted"])
+def test_a_ticket_is_looked_at_before_the_ciphertext(update: str) -> None:
+    line, messages = sent(update)
+    message = messages["product_back"]
+    for ciphertext in (message[Kind.CIPHERTEXT], torch.zeros(3)):
+        for ticket in (1 << 20, None):
+            asked = {TICKET: torch.tensor(ticket)} if ticket else {}
+            rest = {kind: tensor for kind, tensor in message.items() if kind != TICKET}
+            with pytest.raises(ValueError, match=f"{NO_TICKET} {ticket or 0} of"):
+                line.party.ask("product_back", {**rest, Kind.CIPHERTEXT: ciphertext, **asked})
+    for wrong in (torch.tensor(0), torch.tensor(1.0), torch.tensor([1, 2]), torch.tensor(-1)):
+        with pytest.raises(ValueError, match="server: expected a whole number from 1 to"):
+            line.party.ask("product_back", {**message, TICKET: wrong})
+
+
+@pytest.mark.parametrize("returns", [False, True], ids=["answer", "product"])
+def test_a_product_before_the_encrypted_weights_is_refused(returns: bool) -> None:
     plain = nn.Linear(3, 2)
     layer = encrypted(plain, "encrypted", CipherHolder("server", plain))
-    with pytest.raises(ValueError, match="server: expected encrypted weights and a product first, got none"):
-        getattr(layer, verb)(torch.rand(4, 3 if verb == "product" else 2))
+    with pytest.raises(ValueError, match="server: expected encrypted weights first, got none"):
+        layer.product(torch.rand(4, 3), returns=returns)
 
 
 def told(**changes: Any) -> Tensor:
@@ -908,7 +1252,17 @@ def without(name: str) -> Tensor:
         (without("key"), "expected parameters, key id and bounds"),
         (without("bound"), "expected parameters, key id and bounds"),
         (told(prime_bits=48), "expected parameters, key id and bounds"),
-        (told(degree=[2048]), "expected parameters, key id and bounds"),
+        (told(degree=[2048]), r"expected whole numbers as parameters of encryption, got \[2048\]"),
+        (told(degree=2048.0), "expected whole numbers as parameters of encryption, got 2048.0"),
+        (told(scale_bits="22"), "expected whole numbers as parameters of encryption, got '22'"),
+        (told(prime_bits=[48.0]), "expected whole numbers as parameters of encryption, got 48.0"),
+        (told(weight_scale_bits=None), "expected whole numbers as parameters of encryption, got None"),
+        (told(truncated=1), "expected parameters, key id and bounds"),
+        (told(truncated="false"), "expected parameters, key id and bounds"),
+        (told(rows=4.0), "expected parameters, key id and bounds"),
+        (told(rows=True), "expected parameters, key id and bounds"),
+        (told(key=7), "expected parameters, key id and bounds"),
+        (told(update="Frozen"), "did you mean 'frozen'"),
         (told(degree=1000), "expected a degree among 1024"),
         (told(prime_bits=[60]), "expected at most 54 bits of modulus at degree 2048"),
         (told(prime_bits=[]), "expected primes of 20 to 60 bits"),
@@ -935,6 +1289,10 @@ def test_openings_that_say_nothing_of_use_are_refused_in_words(parameters: Tenso
         line.party.ask("open", {Kind.PARAMETERS: parameters})
 
 
+def test_a_name_that_crosses_is_short_and_on_one_line() -> None:
+    assert Opening.of(told(name="one\n\ttwo  " + 100 * "x")).parameters.name == "one two " + 32 * "x"
+
+
 @pytest.mark.parametrize("rows", [0, -3, (1 << 24) + 1, 1 << 70])
 def test_an_opening_for_no_rows_or_countless_ones_is_refused(rows: int) -> None:
     line = wire(CipherHolder("server", nn.Linear(3, 2)))
@@ -952,6 +1310,14 @@ def sent(update: str = "frozen") -> tuple[Any, dict[str, dict[str, Tensor]]]:
     layer(x).sum().backward()
     layer(x.detach())
     return line, {one.request.verb: dict(one.request.tensors) for one in line.record.exchanges}
+
+
+def asking(update: str, verb: str) -> tuple[Any, dict[str, Tensor]]:
+    """The same wire, and what to ask: a gradient of a product that has just been made."""
+    line, messages = sent(update)
+    if verb != "product_back":
+        return line, messages[verb]
+    return line, {**messages[verb], TICKET: line.party.ask("product", messages["product"])[TICKET]}
 
 
 def flipped(data: Tensor, at: int, value: int | None = None) -> Tensor:
@@ -999,12 +1365,11 @@ NAMED = [pytest.param(change, says, id=name) for name, change, says in CIPHERTEX
 def test_ciphertexts_that_are_none_are_refused_and_the_next_request_goes_through(
     change: Callable[[Tensor], Tensor], says: str, update: str, verb: str
 ) -> None:
-    line, messages = sent(update)
-    message = messages[verb]
+    line, message = asking(update, verb)
     with pytest.raises(ValueError, match=says):
         line.party.ask(verb, {**message, Kind.CIPHERTEXT: change(message[Kind.CIPHERTEXT])})
     for missing in message:
-        with pytest.raises(ValueError, match=f"expected a message with {missing}, got"):
+        with pytest.raises(ValueError, match=NO_TICKET if missing == TICKET else f"a message with {missing}, got"):
             line.party.ask(verb, {kind: tensor for kind, tensor in message.items() if kind != missing})
     line.party.ask(verb, message)
 
@@ -1037,9 +1402,9 @@ COUNTS: list[tuple[Tensor, str]] = [
 @pytest.mark.parametrize("verb", ["product", "product_back", "answer"])
 @pytest.mark.parametrize(("count", "says"), COUNTS, ids=str)
 def test_counts_that_make_no_sense_are_refused(verb: str, count: Tensor, says: str) -> None:
-    line, messages = sent("frozen")
+    line, message = asking("frozen", verb)
     with pytest.raises(ValueError, match=says):
-        line.party.ask(verb, {**messages[verb], Kind.COUNT: count})
+        line.party.ask(verb, {**message, Kind.COUNT: count})
 
 
 @pytest.mark.parametrize(
@@ -1095,7 +1460,12 @@ def test_a_reply_that_is_another_or_none_is_refused_by_the_client() -> None:
     lying.reply = lambda reply: {Kind.CIPHERTEXT: flipped(reply[Kind.CIPHERTEXT], 16)}
     with pytest.raises(ValueError, match="expected ciphertexts under key"):
         layer(torch.rand(4, 3))
-    for told in ({"kind": "linear"}, {"inner": 3, "outer": 2, "what": 1}):
+    sound = Geometry.of(plain).told()
+    for told in (
+        {"kind": "linear"}, {"inner": 3, "outer": 2, "what": 1}, sound | {"kind": "conv3d"}, sound | {"inner": 0},
+        sound | {"outer": (1 << 24) + 1}, sound | {"inner": 3.0}, sound | {"inner": True}, sound | {"bias": 1},
+        sound | {"stride": [0, 1]}, sound | {"padding": [-1, 0]}, sound | {"kernel": 3}, sound | {"channels": -1},
+    ):  # fmt: skip
         lying.reply = lambda reply, told=told: {Kind.PARAMETERS: as_tensor(told)}
         with pytest.raises(ValueError, match="expected the geometry of a layer, got"):
             EncryptedLayer(keys(), lying)
@@ -1108,3 +1478,34 @@ def test_what_a_product_took_is_noted_on_both_ends() -> None:
     assert layer.seconds.keys() == {"encrypt", "holder", "decrypt"}
     assert all(spent > 0 for spent in layer.seconds.values())
     assert 0 < holder.seconds["product"] <= layer.seconds["holder"]
+
+
+# More than one process
+
+
+def multiply(layer: EncryptedLayer, plain: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(20):
+        x = torch.rand(4, 16, generator=generator)
+        with torch.no_grad():
+            assert_close(layer(x), plain(x), tolerance(x, plain.weight))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from 3.12 on, where there are threads: there are none
+def test_forked_processes_do_not_write_to_each_others_scratch_file() -> None:
+    plain = nn.Linear(16, 8)
+    layer = EncryptedLayer(Keys(), LayerHolder("server", plain))
+    multiply(layer, plain, 0)  # so that all are made of the same keys, ring and file
+    forked = multiprocessing.get_context("fork")
+    children = [forked.Process(target=multiply, args=(layer, plain, seed), daemon=True) for seed in (1, 2)]
+    for child in children:
+        child.start()
+    try:
+        multiply(layer, plain, 3)
+        for child in children:
+            child.join(60)
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.exitcode for child in children] == [0, 0]

@@ -152,6 +152,48 @@ def test_sets_that_are_none(values: tuple[int, tuple[int, ...], int, int], messa
         Parameters("none", *values)
 
 
+def test_numbers_of_numpy_become_whole_ones() -> None:
+    kinds = np.int64, np.int32, np.uint8
+    one = Parameters("fast", np.int64(2048), (np.int32(48),), np.uint8(22), np.int64(20))  # type: ignore[arg-type]
+    assert one == FAST
+    assert one.digest == FAST.digest
+    numbers = [one.degree, *one.prime_bits, one.scale_bits, one.weight_scale_bits]
+    assert {type(number) for number in numbers} == {int}
+    assert not any(isinstance(number, kinds) for number in numbers)
+    assert Parameters("list", 2048, [48], 22, 20).prime_bits == (48,)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"degree": 2048.0}, {"degree": "2048"}, {"degree": None}, {"prime_bits": (48.0,)}, {"prime_bits": "48"},
+        {"scale_bits": 22.0}, {"weight_scale_bits": np.float64(20)}, {"scale_bits": [22]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_are_not_whole_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected whole numbers as parameters of encryption, got"):
+        replace(FAST, **change)
+
+
+@pytest.mark.parametrize("wrong", ["fast", None, 2048, Parameters])
+def test_keys_take_parameters_and_no_name(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="expected Parameters, such as FAST or PRECISE, got"):
+        Keys(wrong)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_bounds_leave_two_digits_beside_either_error(name: str) -> None:
+    one = unwarned(name)
+    low, high = one.bounds
+    assert low == pytest.approx(100 * one.fresh_std)
+    # A weight rounded to its scale, for each of 64 inputs at the bound: a hundredth of a product of 1 at the most.
+    rounding = sqrt(64 / 12) / 2.0**one.weight_scale_bits
+    assert rounding * high < 0.01 < 10 * rounding * high
+    assert low < 1 < 32 < high
+    assert FAST.bounds == pytest.approx((0.00345, 3277), rel=1e-2)
+
+
 def test_a_product_of_1_just_has_room() -> None:
     assert Parameters("just", 2048, (48,), 24, 23).range == 1.0
 
@@ -187,12 +229,12 @@ def test_digests_differ() -> None:
 
 def test_a_set_in_words() -> None:
     assert FAST.in_words() == (
-        "fast: degree 2048, modulus of 48 bits [48]; at least 128 bits of security (limits at 128: 54 by SEAL, 53 by "
-        "eprint 2024/463); scales 2^22 and 2^20, sums under 32"
+        "fast: degree 2048, modulus of 48 bits [48]; at least 128 bits of security by SEAL's table (at 128: 54 by "
+        "SEAL, 53 by eprint 2024/463); scales 2^22 and 2^20, sums under 32"
     )
     assert "modulus of 200 bits [60, 40, 40, 60]" in DEPTH2.in_words()
-    assert "(limits at 128: 218 by SEAL, 214 by eprint 2024/463)" in DEPTH2.in_words()
-    assert "at least 256 bits of security (limits at 128: 109 by SEAL, 106 by" in PRECISE.in_words()
+    assert "(at 128: 218 by SEAL, 214 by eprint 2024/463)" in DEPTH2.in_words()
+    assert "at least 256 bits of security by SEAL's table (at 128: 109 by SEAL, 106 by" in PRECISE.in_words()
 
 
 # What a reply may leave out

@@ -31,6 +31,7 @@ from privacy.he import (
     he_u_dp,
     split_ways,
 )
+from privacy.he.holding import TICKET
 from splitlearn import Batches, Kind, Learner, Remote, epochs_of, evaluate, fit, predict
 from splitlearn.frames import Message, encode
 from splitlearn.service import Service
@@ -96,6 +97,11 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+def known(client: Learner) -> Weights:
+    """A party's weights; of a private layer it has none, and how many changes it has sent is no weight."""
+    return {name: tensor for name, tensor in client.weights().items() if not name.endswith(".changes")}
+
+
 class Private:
     """A client that trains by DP-SGD through a layer: the server's, on ciphertexts, or in the clear its own twin."""
 
@@ -138,7 +144,7 @@ class Private:
     def weights(self) -> Weights:
         """Those of the whole model, whoever holds them."""
         held = {f"1.{name}": tensor.detach().clone() for name, tensor in self.middle.state_dict().items()}
-        return {**self.client.weights(), **held}
+        return {**known(self.client), **held}
 
 
 def assert_same_training(found: Weights, expected: Weights, start: Weights, *, of: float = SAME) -> None:
@@ -174,6 +180,7 @@ def test_private_training_on_ciphertexts_is_that_in_the_clear_step_by_step(
         if own.client.steps:
             assert_same_training(own.weights(), twin.weights(), start)
     assert own.client.steps == 3
+    assert (int(own.client.weights()["1.changes"]), own.holder.state_dict()["made"]) == (3, 3)
 
 
 @pytest.mark.parametrize("physical", [None, 7], ids=["whole", "virtual"])
@@ -248,6 +255,31 @@ def test_requests_are_as_many_for_an_empty_batch_as_for_a_full_one(ghost: bool) 
     assert asked == [["open", *one, *one]] * 3
 
 
+@pytest.mark.parametrize("ghost", [False, True], ids=["per-sample", "ghost"])
+def test_a_sample_that_is_all_but_certain_asks_for_nothing_more(ghost: bool) -> None:
+    # At a bias of 60 its gradient is 1e-26 of what others are, whose square single precision takes for none.
+    x, asked = data()[0][:4], []
+    for bias in (0.0, 60.0):
+        for samples in (0, 1, 4):
+            bottom, _, _ = stages()
+            middle = nn.Linear(CUT, CLASSES)
+            with torch.no_grad():
+                middle.bias[0] = bias
+            line = Line(server=LayerHolder("server", middle, update="private"))
+            stage = nn.Sequential(bottom, EncryptedLayer(Keys(), line.to("server"), update="private"))
+            client = PrivateLearner(
+                "client", stage, torch.optim.SGD(stage.parameters(), lr=0.05), clip=1.0, noise_multiplier=1.0,
+                expected_batch_size=4, ghost=ghost, seed=4,
+            )  # fmt: skip
+            labels = torch.full((4,), PADDING)
+            labels[:samples] = 0
+            for _ in range(3):
+                client.allow(last=True)
+                he_u_dp(client, x, labels)
+            asked.append([one.request.verb for one in line.record.exchanges])
+    assert asked == [["open", *["product", "product_back", "change"] * 3]] * 6
+
+
 def test_the_account_is_that_of_a_server_that_sees_noised_steps() -> None:
     own = Private(budget=Budget(100.0, 1e-5, by="rdp"), capacity=40)
     own.run()
@@ -284,27 +316,55 @@ def test_private_training_goes_on_from_a_checkpoint_under_new_keys(tmp_path: Pat
     assert resumed[2] == pytest.approx(whole[2], abs=1e-3)
 
 
-def test_private_training_without_bias_and_through_a_convolution() -> None:
-    x, y = torch.randn(6, 1, 8), torch.tensor([0, 1, 2, 0, 1, PADDING])
-    found = []
+def test_a_client_that_goes_on_without_its_server_is_told_so(tmp_path: Path) -> None:
+    def run(epochs: int, keep: Callable[[Private], dict[str, Any]]) -> None:
+        own = Private(steps=4, rate=0.5, capacity=40)
+        state = {"client": own.client, "batches": own.batches, "budget": own.budget, **keep(own)}
+        fit(epochs_of(own.step, own.batches), epochs=epochs, state=state, checkpoint=tmp_path / "run")
+
+    run(1, lambda own: {})
+    with pytest.raises(
+        ValueError, match="server: expected a client that has sent at most 0 changes, got one that has sen"
+    ):
+        run(2, lambda own: {})
+
+
+CONVOLUTIONS: dict[str, Callable[[], tuple[nn.Module, nn.Module, tuple[int, ...]]]] = {
+    # The server's layer, what follows it, and the shape of a sample.
+    "a convolution without bias": lambda: (
+        nn.Conv1d(1, 3, 3, stride=2, bias=False), nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(9, 3)), (1, 8)
+    ),
+    "one before a plain one": lambda: (
+        nn.Conv2d(1, 2, 2), nn.Sequential(nn.Tanh(), nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(18, 3)), (1, 5, 4)
+    ),
+    "one right before a plain one": lambda: (
+        nn.Conv2d(1, 2, 2), nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(18, 3)), (1, 5, 4)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ghost", [False, True], ids=["per-sample", "ghost"])
+@pytest.mark.parametrize("which", CONVOLUTIONS)
+def test_private_training_through_a_convolution(which: str, ghost: bool) -> None:
+    y, found, starts = torch.tensor([0, 1, 2, 0, 1, PADDING]), list[Weights](), list[Weights]()
     for clear in (True, False):
         torch.manual_seed(2)
-        conv = nn.Conv1d(1, 3, 3, stride=2, bias=False)
-        start = conv.weight.detach().clone()
-        layer = (
-            conv if clear else EncryptedLayer(Keys(), LayerHolder("server", conv, update="private"), update="private")
-        )
-        stage = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(9, 3))
+        conv, rest, shape = CONVOLUTIONS[which]()
+        x = torch.randn(6, *shape)
+        holder = LayerHolder("server", conv, update="private")
+        stage = nn.Sequential(conv if clear else EncryptedLayer(Keys(), holder, update="private"), rest)
         client = PrivateLearner(
             "client", stage, torch.optim.SGD(stage.parameters(), lr=0.05), clip=1.0, noise_multiplier=1.0,
-            expected_batch_size=5, seed=0,
+            expected_batch_size=5, ghost=ghost, seed=0,
         )  # fmt: skip
-        for _ in range(2):
-            client.allow(last=True)
-            client.learn(x, y)
-        found.append({**client.weights(), "0.weight": conv.weight.detach().clone()})
-    assert_same_training(found[1], found[0], {name: torch.zeros_like(t) for name, t in found[0].items()})
-    assert (found[1]["0.weight"] - found[0]["0.weight"]).norm() <= SAME * (found[0]["0.weight"] - start).norm()
+        for trained in (False, True, True):
+            if trained:
+                client.allow(last=True)
+                client.learn(x, y)
+            held = {f"0.{name}": tensor.detach().clone() for name, tensor in conv.state_dict().items()}
+            (found if trained else starts).append({**known(client), **held})
+    for step in (0, 1):
+        assert_same_training(found[2 + step], found[step], starts[0])
 
 
 # Training under encrypted weights
@@ -390,6 +450,25 @@ def test_inference_is_that_of_the_plain_model_and_sends_ciphertexts_alone() -> N
     assert evaluate([client], x, y)["accuracy"] == (plain.argmax(1) == y).double().mean().item()
     assert_only(line, {Kind.CIPHERTEXT, Kind.COUNT, Kind.PARAMETERS})
     assert {one.request.verb for one in line.record.exchanges} == {"open", "answer"}
+
+
+def test_what_a_layer_refuses_is_said_in_its_own_words_after_the_partys_name() -> None:
+    bottom, middle, head = stages()
+    layer = EncryptedLayer(Keys(), LayerHolder("server", middle, update="private"), update="private")
+    stage = nn.Sequential(bottom, layer, head)
+    client: Any = Learner("client", stage, torch.optim.SGD(stage.parameters(), lr=0.05))  # no PrivateLearner
+    x, y = data()
+    he_u_dp(client, x, y)
+    with pytest.raises(ValueError, match=r"^client: expected weights that change by DP-SGD alone.*freeze it$"):
+        he_u_dp(client, x, y)
+    small = nn.Sequential(EncryptedLayer(Keys(), LayerHolder("server", middle), bound=1.0), head)
+    with pytest.raises(ValueError, match=r"^client: expected activations within ±1, got .*out_of_range='clip'$"):
+        he_inference(Learner("client", small), 2 * torch.ones(4, CUT))
+    remote = Line(server=LayerHolder("server", middle)).to("server")
+    far = EncryptedLayer(Keys(), remote)
+    EncryptedLayer(Keys(), remote)  # ends the session of the one before it
+    with pytest.raises(ValueError, match=r"^client: expected ciphertexts under key .*session of its own"):
+        he_inference(Learner("client", nn.Sequential(far, head)), torch.ones(4, CUT))
 
 
 @pytest.mark.parametrize(("protocol", "wanted"), [(he_u_dp, "private"), (he_encw, "encrypted")])
@@ -584,7 +663,7 @@ def test_a_server_refuses_keys_wherever_they_come(verb: str, make: Callable[[], 
     key = torch.frombuffer(bytearray(make()), dtype=torch.uint8)
     kind = Kind.PARAMETERS if verb == "open" else Kind.CIPHERTEXT
     with pytest.raises(ValueError, match=says):
-        own.server.ask(verb, {kind: key, Kind.COUNT: torch.tensor(8)})
+        own.server.ask(verb, {kind: key, Kind.COUNT: torch.tensor(8), TICKET: torch.tensor(1)})
 
 
 # Two clients, a key each

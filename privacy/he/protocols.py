@@ -22,7 +22,10 @@ LEARNS: Mapping[str, Mapping[str, list[str]]] = {
         "server": [CIPHERTEXTS, "the noised steps of its layer, bounded by (ε, δ)-DP for each sample"],
         "client": ["the outputs, and so in effect the server's weights"],
     },
-    "he_encw": {"server": [CIPHERTEXTS, "the layer's shape"], "client": ["everything: it owns the weights"]},
+    "he_encw": {
+        "server": [CIPHERTEXTS, "the layer's shape; after which batches its weights had changed"],
+        "client": ["everything: it owns the weights"],
+    },
     "he_inference": {"server": [CIPHERTEXTS], "client": ["the outputs, and so in effect the server's weights"]},
 }
 
@@ -44,7 +47,8 @@ def he_u_dp(client: PrivateLearner, x: Tensor, y: Tensor) -> Tensor:
     gradients are clipped together, and get one draw of noise. Returns the mean loss.
 
     - The server learns: ciphertexts, batch capacities and timing, and a sequence of (ε, δ)-DP steps (observer "server"
-      of a central account to "add or remove one sample"). It never sees a decryption, a gradient or a label.
+      of a central account to "add or remove one sample"). It never sees a decryption, a gradient or a label. Of a batch
+      as a whole the steps do tell: at ε = 8 their bias follows its label counts, which DP allows.
     - The client learns: W in effect, from what it decrypts.
     - Not protected: against a server that returns other products; W from the client.
     """
@@ -67,7 +71,8 @@ def he_encw(client: Learner, x: Tensor, y: Tensor) -> Tensor:
 
     ``client`` trains bottom, ``EncryptedLayer(update="encrypted")`` and head by any optimizer. Returns the mean loss.
 
-    - The server learns: ciphertexts, the layer's shape, and timing. One key holder: the client, who owns W.
+    - The server learns: ciphertexts, the layer's shape, timing, and so which batches changed the weights. One key
+      holder: the client, who owns W.
     - Deviation from CURE (Kanpak et al. 2024, arXiv:2407.08977) and others that send Enc(−lr·dW): changed weights go up
       afresh, in as many bytes, so that the error of ciphertexts does not add up over the steps.
     """
