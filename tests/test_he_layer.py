@@ -214,7 +214,9 @@ def test_encrypted_weights_take_smaller_batches_padded_and_greater_ones_in_parts
     plain = nn.Linear(5, 3)
     noted = Noted(CipherHolder("server", plain))
     assert_same_layer(plain, encrypted(plain, "encrypted", noted, rows=4), torch.randn(batch, 5).clamp(-4, 4))
-    assert noted.verbs == ["open", "weights_encrypted", *["product"] * parts, *["product_back"] * parts]
+    assert noted.verbs == [
+        "open", "weights_encrypted", *["answer"] * (parts - 1), "product", *["product_back"] * parts,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("update", MODES)
@@ -825,19 +827,21 @@ def test_an_optimizer_over_the_given_layer_trains_encrypted_weights(make: Any) -
 
 
 @pytest.mark.parametrize("update", ["frozen", "private"])
-def test_evaluations_of_other_sizes_change_no_gradient_and_no_later_product(update: str) -> None:
-    # Each size has a layout of its own, and each product sums that take three halvings of the weights' scale.
+@pytest.mark.parametrize("rows", [4, 32])
+def test_evaluations_of_other_sizes_change_no_gradient_and_no_later_product(rows: int, update: str) -> None:
+    # Weights that are their own transpose, in one layout both ways: plaintexts for gradients are none for inputs, whose
+    # sums take three halvings of the weights' scale. Each size has a layout of its own, which drives others out.
     plain = nn.Linear(8, 8, bias=False)
     nn.init.ones_(plain.weight)
     layer = encrypted(plain, update, LayerHolder("server", plain, update=update), bound=32.0)
-    x, slack = torch.full((4, 8), 30.0, requires_grad=True), 2**3
+    x, slack = torch.full((rows, 8), 30.0, requires_grad=True), 2**3
     y = layer(x)
     assert_close(y, plain(x), slack * tolerance(x, plain.weight))
-    for rows in (5, 7, 9):
-        other = torch.full((rows, 8), 30.0)
+    for size in (5, 7, 9):
+        other = torch.full((size, 8), 30.0)
         with torch.no_grad():
             assert_close(layer(other), plain(other), slack * tolerance(other, plain.weight))
-    g = torch.randn(4, 8)
+    g = torch.randn(rows, 8)
     y.backward(g)
     back = tolerance(torch.ones(1, 8), plain.weight.T)
     assert_close(x.grad, g @ plain.weight.detach(), slack * back * float(g.abs().max()))
@@ -1509,3 +1513,38 @@ def test_forked_processes_do_not_write_to_each_others_scratch_file() -> None:
         for child in children:
             child.kill()
     assert [child.exitcode for child in children] == [0, 0]
+
+
+def test_a_layer_in_parts_takes_one_ticket_a_product() -> None:
+    plain = nn.Linear(4, 4)
+    layer = encrypted(plain, "encrypted", CipherHolder("server", plain), rows=4)
+    x = torch.rand(16, 4, requires_grad=True)
+    layer(layer(x)).sum().backward()
+    again = x.detach().clone().requires_grad_()
+    plain(plain(again)).sum().backward()
+    assert x.grad is not None
+    assert again.grad is not None
+    assert torch.allclose(x.grad, again.grad, atol=5e-3)
+
+
+def test_a_holder_is_resumed_for_the_sessions_that_it_gives() -> None:
+    def stepped(layer: EncryptedLayer) -> None:
+        with torch.no_grad():
+            layer.weight += 1.0
+        layer.pass_on()
+
+    holder = LayerHolder("server", nn.Linear(3, 2), update="private")
+    layer = EncryptedLayer(Keys(), holder.session("a"), update="private")
+    stepped(layer)
+    fresh = LayerHolder("server", nn.Linear(3, 2), update="private")
+    fresh.load_state_dict(holder.state_dict())
+    resumed = EncryptedLayer(Keys(), fresh.session("a"), update="private")
+    resumed.load_state_dict(layer.state_dict())
+    stepped(resumed)
+    assert torch.allclose(fresh.layer.weight, holder.layer.weight + 1.0)
+
+
+def test_plain_weights_are_not_swallowed_by_a_private_layer() -> None:
+    layer = EncryptedLayer(keys(), LayerHolder("server", nn.Linear(3, 2), update="private"), update="private")
+    with pytest.raises(RuntimeError, match=r"Missing key.*changes[\s\S]*Unexpected key.*weight"):
+        nn.Sequential(layer).load_state_dict(nn.Sequential(nn.Linear(3, 2)).state_dict())

@@ -404,7 +404,7 @@ def test_training_under_encrypted_weights_is_that_in_the_clear(optimizer: str) -
     assert_same_training(own.client.weights(), twin.client.weights(), start, of=5e-3 if optimizer == "adam" else SAME)
     assert_only(own.line, {Kind.CIPHERTEXT, Kind.COUNT, Kind.PARAMETERS})
     assert Counter(one.request.verb for one in own.line.record.exchanges) == {
-        "open": 1, "weights_encrypted": 4, "product": 7, "product_back": 7,
+        "open": 1, "weights_encrypted": 4, "answer": 3, "product": 4, "product_back": 7,
     }  # fmt: skip
 
 

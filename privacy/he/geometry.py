@@ -114,12 +114,16 @@ class Geometry:
         try:
             fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
             found = cls(**fields)
+            pairs = (found.kernel, found.stride, found.padding, found.dilation)
             numbers = [found.inner, found.outer, *found.kernel, *found.stride, *found.dilation]
             sound = found.kind in ("linear", "conv1d", "conv2d") and isinstance(found.bias, bool)
-            sound &= (
-                all(type(n) is int and 1 <= n <= MOST for n in numbers) and min(*found.padding, found.channels) >= 0
-            )
-        except (TypeError, ValueError) as error:
+            sound &= all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs)
+            sound &= all(type(n) is int for n in (*numbers, *found.padding, found.channels))
+            sound = sound and all(1 <= n <= MOST for n in numbers) and all(0 <= n <= MOST for n in found.padding)
+            sound = sound and found.channels >= 0
+            if found.kind != "linear":
+                sound = sound and found.inner == found.channels * found.kernel[0] * found.kernel[1]
+        except (TypeError, ValueError, IndexError) as error:
             raise ValueError(f"expected the geometry of a layer, got {sorted(told)}") from error
         if not sound:
             raise ValueError(f"expected the geometry of a layer, got {dict(told)}")

@@ -45,7 +45,7 @@ class LayerHolder(Holder):
         self._lock = threading.Lock()
         self._packed: dict[tuple[Layout, float], tuple[Real, Real | None, Weights]] = {}
         self._changes = 0  # that this session has made
-        self._made = 0  # and those before it that its state comes from
+        self._made = [0]  # in all sessions, and before them, where its state comes from; they share the list
 
     def _opened(self) -> None:
         self._changes = 0
@@ -54,7 +54,7 @@ class LayerHolder(Holder):
     def session(self, name: str) -> Self:
         """Return a holder of the same weights for another client, under that client's key."""
         other = type(self)(name, self.layer, update=next(iter(self.update)))
-        other._lock = self._lock
+        other._lock, other._made = self._lock, self._made
         return other
 
     def forget(self) -> None:
@@ -64,13 +64,13 @@ class LayerHolder(Holder):
     def state_dict(self) -> dict[str, Any]:
         """Return the weights, and how many changes made them; sessions and ciphertexts are of one run."""
         weights = {name: tensor.detach().clone() for name, tensor in self.layer.state_dict().items()}
-        return {"layer": weights, "made": self._made}
+        return {"layer": weights, "made": self._made[0]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
         try:
             self.layer.load_state_dict(dict(state["layer"]))
-            self._made = int(state["made"])
+            self._made[0] = int(state["made"])
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{self.name}: expected the state of a holder of {self.layer}; {error}") from error
 
@@ -124,9 +124,9 @@ class LayerHolder(Holder):
                 f"{told.get('key')}; give each client a session of its own"
             )
         made = told.get("made")
-        if type(made) is not int or made > self._made:
+        if type(made) is not int or made > self._made[0]:
             raise ValueError(
-                f"{self.name}: expected a client that has sent at most {self._made} changes, got one that has sent "
+                f"{self.name}: expected a client that has sent at most {self._made[0]} changes, got one that has sent "
                 f"{made}; resume the holder too: state={{'server': holder, …}}"
             )
         number = count_of(need(tensors, Kind.COUNT), self.name)
@@ -148,7 +148,8 @@ class LayerHolder(Holder):
         with self._lock, torch.no_grad():
             for name, change in changes.items():
                 own[name].add_(change.to(own[name]))
-            self._changes, self._made = number, self._made + 1
+            self._changes = number
+            self._made[0] += 1
         return {}
 
     def _layouts(self, rows: int) -> tuple[Layout, Layout]:

@@ -147,7 +147,7 @@ class Holder:
 
     def _recalled(self, tensors: Mapping[str, Tensor]) -> Any:
         """Return the weights of the product that a gradient belongs to."""
-        ticket = count_of(tensors[TICKET], self.name) if TICKET in tensors else 0
+        ticket = count_of(tensors[TICKET], self.name, most=1 << 60) if TICKET in tensors else 0
         if ticket not in self._kept:
             raise ValueError(
                 f"{self.name}: expected the gradient of one of this session's last {OPEN_PRODUCTS} products, got "
@@ -167,8 +167,8 @@ class Holder:
         raise NotImplementedError
 
 
-def count_of(tensor: Tensor, name: str) -> int:
+def count_of(tensor: Tensor, name: str, *, most: int = MOST_ROWS) -> int:
     """Return the number that came, a whole one from 1 on."""
-    if tensor.numel() != 1 or tensor.is_floating_point() or not 1 <= int(tensor) <= MOST_ROWS:
-        raise ValueError(f"{name}: expected a whole number from 1 to {MOST_ROWS}, got {tensor.flatten()[:8].tolist()}")
+    if tensor.numel() != 1 or tensor.is_floating_point() or not 1 <= int(tensor) <= most:
+        raise ValueError(f"{name}: expected a whole number from 1 to {most}, got {tensor.flatten()[:8].tolist()}")
     return int(tensor)

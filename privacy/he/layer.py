@@ -175,7 +175,12 @@ class EncryptedLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if self.update is Update.PRIVATE:
-            self._made = int(state_dict.get(f"{prefix}changes", 0))
+            _, _, missing, unexpected, _ = rest
+            if f"{prefix}changes" in state_dict:
+                self._made = int(state_dict[f"{prefix}changes"])
+            else:
+                missing.append(f"{prefix}changes")
+            unexpected += [key for key in state_dict if key.startswith(prefix) and key != f"{prefix}changes"]
         else:
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -272,7 +277,9 @@ class EncryptedLayer(nn.Module):
             part = x[start : start + self.batch]
             padded = np.zeros((self.batch, x.shape[1]))
             padded[: len(part)] = part
-            out, ticket = self._through(verb, padded, packing, more)
+            # One ticket for all parts: they go through the same weights.
+            last = start + self.batch >= len(x)
+            out, ticket = self._through(verb if last or way else "answer", padded, packing, more)
             parts.append(out[: len(part)])
         return np.concatenate(parts), ticket
 
