@@ -139,10 +139,10 @@ def _encrypted_weights(layer: nn.Linear, x: Tensor) -> Callable[[], Tensor]:
 
 def _sizes(layer: nn.Linear, narrow: nn.Linear, big: Tensor, small: Tensor, g: Tensor) -> dict[str, int]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the preset that is asked for here
+        warnings.simplefilter("ignore")  # on both ends, of the preset that is asked for here
         edge = tight()
-    whole, cut = _Timed(layer, big, edge, truncated=False), _Timed(layer, big, edge)
-    little = _Timed(narrow, small, edge, truncated=False)
+        whole, cut = _Timed(layer, big, edge, truncated=False), _Timed(layer, big, edge)
+        little = _Timed(narrow, small, edge, truncated=False)
     found = {
         "forward_bytes": whole.nbytes(whole.product),
         "forward_bytes_truncated": cut.nbytes(cut.product),
