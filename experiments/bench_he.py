@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -161,7 +160,7 @@ def _rms(parameters: Parameters, layer: nn.Linear, x: Tensor) -> float:
     with torch.no_grad():
         error = timed.layer(x.double()) - timed.own(x.double())
     layer.float()
-    return float(np.sqrt(error.square().mean()))
+    return float(error.square().mean().sqrt())
 
 
 def _epoch(narrow: nn.Linear, x: Tensor) -> dict[str, float]:
