@@ -19,7 +19,7 @@ from experiments.names import find
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.setups import counted
-from experiments.training import Training, build_model, device_of, load_splits, sizes_of, warm_up
+from experiments.training import Training, build_model, described, device_of, load_splits, sizes_of, warm_up
 from privacy.he import PRESETS, Parameters
 from splitlearn.data import DATASETS, Splits
 from splitlearn.metrics import accuracy_advantage
@@ -81,12 +81,8 @@ class Trial:
     def described(self) -> dict[str, Any]:
         """Return the full configuration: every setting that the result depends on."""
         parameters = self.parameters
-        private, auxiliary, test = self.sizes
         return {
-            "data": self.data,
-            "sizes": {"private": private, "auxiliary": auxiliary, "test": test},
-            "seed": self.training.seed,
-            "training": {name: value for name, value in asdict(self.training).items() if name != "seed"},
+            **described(self.data, self.sizes, self.training),
             "way": self.way,
             "parameters": None if parameters is None else asdict(parameters),
             "epsilon": "none" if isinf(self.epsilon) else self.epsilon,

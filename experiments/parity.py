@@ -1,7 +1,7 @@
 """Is split training the same as unsplit training? Trains both from one start and compares weights and accuracy."""
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -63,8 +63,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
             described = {
                 "data": options.data,
                 "sizes": list(DATASETS[options.data].sizes),
-                "seed": seed,
-                "training": {name: value for name, value in asdict(training).items() if name != "seed"},
+                **training.described(),
             }
             call = partial(run_trial, options.data, training, options.data_dir)
             found.append(Task("parity", described, command, labels, call))

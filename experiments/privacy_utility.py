@@ -2,7 +2,7 @@
 
 import copy
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isinf
 from pathlib import Path
@@ -18,7 +18,7 @@ from experiments.public_start import PrivateSGD, Start, public_model
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.scoring import attack_victim
-from experiments.training import Training, build_model, device_of, load_splits, sizes_of, warm_up
+from experiments.training import Training, build_model, described, device_of, load_splits, sizes_of, warm_up
 from privacy.dp import dfil_of, mse_bound
 from splitlearn.cut import cut, layer_names
 from splitlearn.data import DATASETS, Splits
@@ -78,12 +78,8 @@ class Trial:
         """Return the full configuration: every setting that the result depends on."""
         used = ("delta", "public", "targets", *MECHANISMS[self.mechanism].settings)
         chosen = {name: getattr(self.config, name) for name in used}
-        private, auxiliary, test = self.sizes
         return {
-            "data": self.data,
-            "sizes": {"private": private, "auxiliary": auxiliary, "test": test},
-            "seed": self.training.seed,
-            "training": {name: value for name, value in asdict(self.training).items() if name != "seed"},
+            **described(self.data, self.sizes, self.training),
             "mechanism": self.mechanism,
             "epsilon": "none" if isinf(self.epsilon) else self.epsilon,
             "attacks": list(self.config.attacks),

@@ -1,7 +1,7 @@
 """How much leaks, what protects, and what that costs: every protection at every strength against every attack."""
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,16 @@ from experiments.names import find
 from experiments.parts import Aim, Shield
 from experiments.runner import Outcome, Task
 from experiments.scoring import Attacked, aim_of, attack_victim
-from experiments.training import Training, build_model, default_cut, device_of, load_splits, sizes_of, warm_up
+from experiments.training import (
+    Training,
+    build_model,
+    default_cut,
+    described,
+    device_of,
+    load_splits,
+    sizes_of,
+    warm_up,
+)
 from splitlearn.cut import cut
 from splitlearn.data import DATASETS, Dataset, Splits
 from splitlearn.train import evaluate
@@ -73,13 +82,11 @@ class Trial:
     def described(self, aim: Aim) -> dict[str, Any]:
         """Return the full configuration: every setting that the result depends on, those of the attacks included."""
         shield = self.shield()
-        private, auxiliary, test = self.sizes
+        setting = described(self.data, self.sizes, self.training)
         return {
-            "data": self.data,
-            "sizes": {"private": private, "auxiliary": auxiliary, "test": test, "targets": self.targets},
+            **setting,
+            "sizes": {**setting["sizes"], "targets": self.targets},
             "releases": self.releases,
-            "seed": self.training.seed,
-            "training": {name: value for name, value in asdict(self.training).items() if name != "seed"},
             "protection": {"name": self.protection, "strength": self.strength, "guard": repr(shield.guard)}
             | ({"codec": shield.codec.name} if shield.codec else {}),
             "attacks": {

@@ -1,9 +1,10 @@
 """Train one model under one protocol, protected by one shield, over real frames: what every experiment starts with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ __all__ = [
     "Training",
     "build_model",
     "default_cut",
+    "described",
     "device_of",
     "load_splits",
     "optimizer_for",
@@ -61,6 +63,21 @@ class Training:
             raise ValueError(f"expected --lr greater than 0, got {self.lr}")
         if self.protocol in ONE_CLIENT and self.clients != 1:
             raise ValueError(f"protocol {self.protocol} has one client here, got {self.clients}; use --clients 1")
+
+    def described(self) -> dict[str, Any]:
+        """Return it as a trial's configuration has it: the seed apart, so that trials that differ by it are seen to."""
+        settings = asdict(self)
+        return {"seed": settings.pop("seed"), "training": settings}
+
+
+def described(data: str, sizes: tuple[int, int, int], training: Training) -> dict[str, Any]:
+    """Return the part of a trial's configuration that says on what it trains, and how."""
+    private, auxiliary, test = sizes
+    return {
+        "data": data,
+        "sizes": {"private": private, "auxiliary": auxiliary, "test": test},
+        **training.described(),
+    }
 
 
 @dataclass(frozen=True)

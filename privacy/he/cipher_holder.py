@@ -26,8 +26,7 @@ class CipherHolder(Holder):
     """
 
     def __init__(self, name: str, layer: nn.Module):
-        super().__init__(name, Geometry.of(layer))  # of its shape alone
-        self.update = frozenset({Update.ENCRYPTED})
+        super().__init__(name, Geometry.of(layer), Update.ENCRYPTED)  # of its shape alone
         self._held: list[list[Any]] = []  # [down][up] of the forward layout
 
     def _opened(self) -> None:
@@ -42,7 +41,7 @@ class CipherHolder(Holder):
 
     def _take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take over encrypted weights."""
-        opening, ring = self._session
+        opening, ring = self._session()
         forward, _ = shared_layouts(opening.parameters, opening.rows, self.geometry)
         fresh = Ciphertexts.of(
             need(tensors, Kind.CIPHERTEXT), ring, key=opening.key, form="seeded", polynomials=2,
@@ -58,19 +57,19 @@ class CipherHolder(Holder):
 
     def _answer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Enc(X·Wᵀ) for Enc(X) and Enc(W), of which nothing goes back."""
-        self._session  # noqa: B018 - opened, or an error
+        self._session()
         if not self._held:
             raise ValueError(f"{self.name}: expected encrypted weights first, got none")
         return self._multiplied(tensors, 0, lambda there, back: (self._held, None))
 
     def _product_back(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Enc(G·W) for Enc(G) and the Enc(W) of the product that the ticket names."""
-        self._session  # noqa: B018 - opened, or an error
+        self._session()
         columns = [list(column) for column in zip(*self._recalled(tensors), strict=True)]
         return self._multiplied(tensors, 1, lambda there, back: (columns, None))
 
     def _layouts(self, rows: int) -> tuple[Layout, Layout]:
-        opening, _ = self._session
+        opening, _ = self._session()
         if rows != opening.rows:
             raise ValueError(f"{self.name}: expected the {opening.rows} rows that weights are packed for, got {rows}")
         return shared_layouts(opening.parameters, opening.rows, self.geometry)

@@ -8,7 +8,7 @@ means to forge a ciphertext can; what it decrypts to is checked against its rang
 import struct
 import zlib
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -121,7 +121,7 @@ def refuse_key_material(raw: bytes) -> None:
         )
 
 
-@cache
+@lru_cache(maxsize=256)
 def nbytes_each(parameters: Parameters, form: Form, polynomials: int) -> int:
     """Return the bytes of one ciphertext, its header left out."""
     parts = 1 if form == "seeded" else polynomials

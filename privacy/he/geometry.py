@@ -73,8 +73,11 @@ class Geometry:
     def matrix(self, layer: nn.Module) -> tuple[Real, Real | None]:
         """Return the layer's weights as M [inner, outer], and its bias, in double precision."""
         weight, bias = _own(layer)
-        m = weight.detach().cpu().double().reshape(self.outer, self.inner).numpy().T
-        return np.array(m), None if bias is None else np.array(bias.detach().cpu().double().numpy())
+        return self.as_matrix(weight), None if bias is None else np.array(bias.detach().cpu().double().numpy())
+
+    def as_matrix(self, weight: Tensor) -> Real:
+        """Return a weight as M [inner, outer], a copy in double precision."""
+        return np.array(weight.detach().cpu().double().reshape(self.outer, self.inner).numpy().T)
 
     def rows(self, x: Tensor) -> Tensor:
         """Return the layer's input as rows [N, positions, inner]; one position for a linear layer."""

@@ -32,16 +32,16 @@ class LayerHolder(Holder):
     One holder serves one client; ``session(name)`` is for the next one, under a key of its own.
 
     - Learns: ciphertexts, how many and when; with ``private`` the noised steps, of which DP bounds what they tell.
-    - Its weights are not hidden from clients: a product is linear, and as many products
-      as it has inputs, and one more, reveal them.
+    - Its weights are not hidden from clients: a product is linear, and as many products as it has inputs, and
+      one more, reveal them.
     - A holder that cheats (returns another product) is not caught.
     """
 
     def __init__(self, name: str, layer: nn.Module, *, update: Update | str = Update.FROZEN):
-        super().__init__(name, Geometry.of(layer))
-        if Update(update) is Update.ENCRYPTED:
+        super().__init__(name, Geometry.of(layer), Update(update))
+        if self.update is Update.ENCRYPTED:
             raise ValueError(f"{name}: expected a CipherHolder for update='encrypted': this one holds plain weights")
-        self.layer, self.update = layer, frozenset({Update(update)})
+        self.layer = layer
         self._lock = threading.Lock()
         self._packed: dict[tuple[Layout, float], tuple[Real, Real | None, Weights]] = {}
         self._changes = 0  # that this session has made
@@ -53,7 +53,7 @@ class LayerHolder(Holder):
 
     def session(self, name: str) -> Self:
         """Return a holder of the same weights for another client, under that client's key."""
-        other = type(self)(name, self.layer, update=next(iter(self.update)))
+        other = type(self)(name, self.layer, update=self.update)
         other._lock, other._made = self._lock, self._made
         return other
 
@@ -75,7 +75,7 @@ class LayerHolder(Holder):
             raise ValueError(f"{self.name}: expected the state of a holder of {self.layer}; {error}") from error
 
     def _own(self) -> Mapping[str, Answer]:
-        return {"change": self._change} if Update.PRIVATE in self.update else {}
+        return {"change": self._change} if self.update is Update.PRIVATE else {}
 
     def _product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Enc(X·Wᵀ + b) for Enc(X), and a ticket for its gradient."""
@@ -88,20 +88,20 @@ class LayerHolder(Holder):
 
     def _product_back(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Enc(G·W) for Enc(G), through the weights of the product that the ticket names."""
-        opening, ring = self._session
+        opening, ring = self._session()
         m, b = self._recalled(tensors)
 
-        def plain(there: Layout, back: Layout) -> list[list[Any]]:
-            if back.conjugate and halvings_for(ring, back, m.T, None, GRADIENT_BOUND) <= halvings_for(
-                ring, there, m, b, opening.bound
-            ):  # the same plaintexts as the product's, in another order
-                return self._weights(there, (m, b), opening.bound).transposed()
-            return self._weights(back, (m.T, None), GRADIENT_BOUND).plain
+        def plain(there: Layout, back: Layout) -> tuple[list[list[Any]], None]:
+            if back.conjugate:  # the plaintexts of the product serve, in another order, if nothing wraps
+                product = self._weights(there, (m, b), opening.bound)
+                if halvings_for(ring, back, m.T, None, GRADIENT_BOUND) <= product.halvings:
+                    return product.transposed(), None
+            return self._weights(back, (m.T, None), GRADIENT_BOUND).plain, None
 
-        return self._multiplied(tensors, 1, lambda there, back: (plain(there, back), None))
+        return self._multiplied(tensors, 1, plain)
 
     def _times(self, tensors: Mapping[str, Tensor], own: tuple[Real, Real | None]) -> dict[str, Tensor]:
-        opening, _ = self._session
+        opening, _ = self._session()
 
         def plain(there: Layout, back: Layout) -> tuple[list[list[Any]], list[Any] | None]:
             weights = self._weights(there, own, opening.bound)
@@ -110,13 +110,12 @@ class LayerHolder(Holder):
         return self._multiplied(tensors, 0, plain)
 
     def _matrix(self) -> tuple[Real, Real | None]:
-        self._session  # noqa: B018 - opened, or an error
         with self._lock:
             return self.geometry.matrix(self.layer)
 
     def _change(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Add a client's noised step to the weights; one that comes again, since its answer was lost, once."""
-        opening, _ = self._session
+        opening, _ = self._session()
         told = as_object(need(tensors, Kind.PARAMETERS))
         if told.get("key") != opening.key.hex():
             raise ValueError(
@@ -153,7 +152,7 @@ class LayerHolder(Holder):
         return {}
 
     def _layouts(self, rows: int) -> tuple[Layout, Layout]:
-        opening, _ = self._session
+        opening, _ = self._session()
         return layouts(opening.parameters, rows, self.geometry, opening.truncated)
 
     def _weights(self, layout: Layout, own: tuple[Real, Real | None], bound: float) -> Weights:
@@ -163,7 +162,7 @@ class LayerHolder(Holder):
         if kept is None or not (np.array_equal(kept[0], m) and _equal(kept[1], b)):
             if len(self._packed) > PATIENCE and key not in self._packed:
                 self._packed.pop(next(iter(self._packed)))
-            kept = m, b, Weights(self._session[1], layout, m, b, bound)
+            kept = m, b, Weights(self._session()[1], layout, m, b, bound)
             self._packed[key] = kept
         return kept[2]
 

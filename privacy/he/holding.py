@@ -1,6 +1,7 @@
 """Holding: what every holder of an encrypted layer's weights does, and the layouts that both sides agree on."""
 
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from privacy.he.ciphertexts import Ciphertexts
 from privacy.he.geometry import Geometry
-from privacy.he.layout import Layout
-from privacy.he.opening import Opening, Update, as_tensor
+from privacy.he.layout import Layout, room_for
+from privacy.he.opening import MOST_ROWS, Opening, Update, as_tensor
 from privacy.he.parameters import Parameters
 from privacy.he.product import plan, received, replied, sums
 from privacy.he.seal import Ring
@@ -23,7 +24,6 @@ from splitlearn.service import Answer, need
 __all__ = ["GRADIENT_BOUND", "TICKET", "Holder", "count_of", "layouts", "shared_layouts"]
 
 GRADIENT_BOUND = 1.0  # each row of a gradient is scaled to it before it is encrypted, and back after decryption
-MOST_ROWS = 1 << 24
 OPEN_PRODUCTS = 4  # whose gradients have not come yet: for a layer that is used several times in one graph
 TICKET = f"{Kind.COUNT}/ticket"  # which product a gradient goes back through
 
@@ -43,20 +43,16 @@ def layouts(parameters: Parameters, rows: int, geometry: Geometry, truncated: bo
 @lru_cache(maxsize=256)
 def shared_layouts(parameters: Parameters, rows: int, geometry: Geometry) -> tuple[Layout, Layout]:
     """Return layouts of X·Wᵀ and of G·W under which one set of encrypted weights serves both."""
-    height = -(-rows // -(-rows // parameters.slots))
-    half = -(-geometry.inner // 2)
-    tile = min(1 << (parameters.slots // height).bit_length() - 1, half)
+    tile = min(room_for(rows, parameters.slots), -(-geometry.inner // 2))
     forward = Layout(rows, geometry.inner, geometry.outer, parameters.slots, tile, 1, "up")
     return forward, forward.transposed()
 
 
-class Holder:
+class Holder(ABC):
     """What both holders share: one client's session, opened by its public parameters."""
 
-    update: frozenset[Update]
-
-    def __init__(self, name: str, geometry: Geometry):
-        self.name, self.geometry = name, geometry
+    def __init__(self, name: str, geometry: Geometry, update: Update):
+        self.name, self.geometry, self.update = name, geometry, update
         self.seconds: defaultdict[str, float] = defaultdict(float)  # spent on products
         self._opening: Opening | None = None
         self._ring: Ring | None = None
@@ -78,37 +74,38 @@ class Holder:
         """Answer in this process, as ``Remote.ask`` does across a wire."""
         return self.answers[verb](tensors)
 
+    @abstractmethod
     def session(self, name: str) -> Self:
         """Return a holder of the same weights for another client, under that client's key."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _own(self) -> Mapping[str, Answer]:
-        raise NotImplementedError
+        """Return what answers verbs that only this holder has."""
 
     def _open(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         opening = Opening.of(need(tensors, Kind.PARAMETERS))
-        if opening.update not in self.update:
+        if opening.update is not self.update:
             raise ValueError(
-                f"{self.name}: expected a client with update={' or '.join(sorted(self.update))}, got "
-                f"{opening.update}; say the same on both ends"
+                f"{self.name}: expected a client with update={self.update}, got {opening.update}; say the same on both "
+                "ends"
             )
         self._opening, self._ring = opening, Ring(opening.parameters)
         self._kept.clear()
         self._opened()
         return {Kind.PARAMETERS: as_tensor(self.geometry.told())}
 
+    @abstractmethod
     def _opened(self) -> None:
         """Begin anew, under another key."""
 
-    @property
     def _session(self) -> tuple[Opening, Ring]:
         if self._opening is None or self._ring is None:
             raise ValueError(f"{self.name}: expected a session that a client has opened, got none; open it first")
         return self._opening, self._ring
 
+    @abstractmethod
     def _layouts(self, rows: int) -> tuple[Layout, Layout]:
         """Return the layouts of a product and of its gradient's, for so many rows."""
-        raise NotImplementedError
 
     def _multiplied(
         self,
@@ -120,14 +117,14 @@ class Holder:
 
         ``way`` is 0 for a product, 1 for a gradient's.
         """
-        opening, ring = self._session
+        opening, ring = self._session()
         rows = count_of(need(tensors, Kind.COUNT), self.name)
         both = self._layouts(rows)
         layout = both[way]
         fresh = Ciphertexts.of(
             need(tensors, Kind.CIPHERTEXT), ring, key=opening.key, form="seeded", polynomials=2,
             count=layout.chunks * layout.up,
-            scale=ring.weight_scale if Update.ENCRYPTED in self.update else ring.scale,
+            scale=ring.weight_scale if self.update is Update.ENCRYPTED else ring.scale,
         )  # fmt: skip
         inputs = received(ring, fresh)
         begun = time.perf_counter()
@@ -155,16 +152,17 @@ class Holder:
             )
         return self._kept[ticket]
 
+    @abstractmethod
     def _product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Answer with a product whose gradient will come, and the ticket for it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _answer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Answer with a product alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _product_back(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """Answer with the product of a gradient, through the weights that its ticket names."""
 
 
 def count_of(tensor: Tensor, name: str, *, most: int = MOST_ROWS) -> int:

@@ -149,16 +149,17 @@ class EncryptedLayer(nn.Module):
         self._bring_up_to_date()
         if not x.is_floating_point():
             raise Refused(f"expected floating-point inputs, as torch's own layer does, got {x.dtype}")
-        rows = self._rows(x)
-        self.clipped += int((x.detach().abs() > self.bound).sum()) if self.out_of_range == "clip" else 0
+        if self.out_of_range == "clip":  # which would hide infinities
+            within(x.detach().cpu().double().numpy(), float("inf"), "activations")
+            self.clipped += int((x.detach().abs() > self.bound).sum())
+        rows = self.rows(x)
         returns = torch.is_grad_enabled() and x.requires_grad  # whether a gradient will go back through these weights
         out = EncryptedProduct.apply(rows.flatten(0, 1), self.weight, self.bias, self, returns)
         return self.geometry.output(out.unflatten(0, rows.shape[:2]), x)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """Return the input's rows, within the bound where they are to be clipped."""
+    def rows(self, x: Tensor) -> Tensor:
+        """Return the input's rows [N, positions, inner], within the bound where they are to be clipped."""
         rows = self.geometry.rows(x)
-        within(rows.detach().cpu().double().numpy(), float("inf"), "activations")  # clipping would hide infinities
         return rows.clamp(-self.bound, self.bound) if self.out_of_range == "clip" else rows
 
     def pass_on(self) -> None:
@@ -224,8 +225,7 @@ class EncryptedLayer(nn.Module):
     def _send_weights(self, weight: Tensor) -> None:
         ring = self._keys.ring
         forward, back = shared_layouts(ring.parameters, self.batch, self.geometry)
-        m = weight.detach().cpu().double().reshape(self.geometry.outer, self.geometry.inner).numpy().T
-        within(m, float("inf"), "weights")
+        m = within(self.geometry.as_matrix(weight), float("inf"), "weights")
         halvings = max(
             halvings_for(ring, forward, m, None, self.bound), halvings_for(ring, back, m.T, None, GRADIENT_BOUND)
         )

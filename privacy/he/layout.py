@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Cost", "Layout", "cheapest"]
+__all__ = ["Cost", "Layout", "cheapest", "room_for"]
 
 Fold = Literal["none", "up", "down"]
 FOLDS: tuple[Fold, ...] = ("none", "up", "down")
@@ -171,14 +171,19 @@ class Cost:
         return layout.chunks * (layout.up * self.up + layout.down * self.down) + layout.products * self.product
 
 
+def room_for(rows: int, slots: int) -> int:
+    """Return the greatest period: how many slots each row can have, a power of 2, where rows go in as few chunks."""
+    height = ceil(rows / ceil(rows / slots))
+    return 1 << (slots // height).bit_length() - 1
+
+
 def cheapest(rows: int, inner: int, outer: int, slots: int, cost: Cost) -> Layout:
     """Return the layout that takes least: for each number of uploads the least tile, and all the replicas that fit.
 
     A greater tile that needs as many uploads only takes room from replicas, and more replicas never cost more; so no
     other layout needs to be looked at.
     """
-    height = ceil(rows / ceil(rows / slots))
-    room = 1 << (slots // height).bit_length() - 1  # the greatest period
+    room = room_for(rows, slots)
     best: tuple[float, Layout] | None = None
     for fold in FOLDS:
         entries = ceil(inner / (2 if fold == "up" else 1))

@@ -12,7 +12,9 @@ from torch import Tensor
 from privacy.he.ciphertexts import refuse_key_material
 from privacy.he.parameters import Parameters
 
-__all__ = ["Opening", "Update", "as_object", "as_tensor"]
+__all__ = ["MOST_ROWS", "Opening", "Update", "as_object", "as_tensor"]
+
+MOST_ROWS = 1 << 24  # of one request
 
 
 class Update(StrEnum):
@@ -47,7 +49,7 @@ class Opening:
 
     def __post_init__(self) -> None:
         least = 1 if self.update is Update.ENCRYPTED else 0
-        if len(self.key) != 8 or not 0 < self.bound < float("inf") or not least <= self.rows <= 1 << 24:
+        if len(self.key) != 8 or not 0 < self.bound < float("inf") or not least <= self.rows <= MOST_ROWS:
             raise ValueError(
                 f"expected a key id of 8 bytes, a finite bound above 0 and at least {least} rows, got "
                 f"{len(self.key)} bytes, {self.bound} and {self.rows}"

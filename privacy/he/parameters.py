@@ -8,7 +8,7 @@ et al., eprint 2024/463), both for ternary secrets and classical attackers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from math import log2, sqrt
 from operator import index
@@ -126,7 +126,7 @@ class Parameters:
         text = f"{self.degree} {self.prime_bits} {self.scale_bits} {self.weight_scale_bits}"
         return sha256(text.encode()).digest()[:8]
 
-    @cache  # noqa: B019 - of parameter sets there are few
+    @lru_cache(maxsize=256)  # noqa: B019 - they are small, and these are the last few
     def dropped_bits(self, components: int) -> tuple[int, ...]:
         """Return how many low bits of each polynomial of a reply may stay away.
 

@@ -49,8 +49,8 @@ class Weights:
     """
 
     def __init__(self, ring: Ring, layout: Layout, m: Real, b: Real | None, bound: float):
-        self.layout = layout
-        scale = ring.weight_scale / 2 ** halvings_for(ring, layout, m, b, bound)
+        self.halvings = halvings_for(ring, layout, m, b, bound)
+        scale = ring.weight_scale / 2**self.halvings
         slots = layout.periods(m).reshape(-1, layout.period)
         flat = encode_periodic(ring, slots, scale)
         self.plain = [flat[at : at + layout.up] for at in range(0, len(flat), layout.up)]  # [down][up]

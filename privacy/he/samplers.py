@@ -20,7 +20,7 @@ def teach_opacus(kind: "type[EncryptedLayer]") -> None:
     def parts(layer: "EncryptedLayer", activations: list[Tensor], g: Tensor) -> tuple[Tensor, Tensor]:
         x = activations[0]
         out = g.unsqueeze(1) if layer.geometry.kind == "linear" else g.flatten(2).transpose(1, 2)
-        return layer._rows(x), out  # [n, positions, inner], [n, positions, outer]
+        return layer.rows(x), out  # [n, positions, inner], [n, positions, outer]
 
     @samples.register_grad_sampler(kind)
     def gradients(layer: "EncryptedLayer", activations: list[Tensor], g: Tensor) -> dict[nn.Parameter, Tensor]:
