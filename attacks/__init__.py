@@ -8,12 +8,14 @@ from attacks.keys.li_micciancio import KeyRecovery
 from attacks.labels.clear_gradient import ClearGradientLabels
 from attacks.labels.matching import GradientMatching
 from attacks.labels.sent import SentLabels
+from attacks.shares.first_party import FirstParty
 
 __all__ = [
     "ClearGradientLabels",
     "Convolutional",
     "Decoder",
     "Dense",
+    "FirstParty",
     "GradientMatching",
     "Inversion",
     "KeyRecovery",

@@ -58,6 +58,9 @@ class Kind(StrEnum):
     UPDATE = "update"  # weights less the weights they started from
     COUNT = "count"  # how many samples stand behind weights
     CIPHERTEXT = "ciphertext"  # whatever it is of; nobody without the key can tell
+    SHARE = "share"  # one of two additive shares of whatever it is; nobody can tell from one
+    SEED = "seed"  # of a share that its receiver draws itself
+    GLOO = "gloo"  # what CrypTen's parties tell each other, and draw, on sockets of their own
     PARAMETERS = "parameters"  # public settings of a protection, JSON in UTF-8
     ERROR = "error"  # one line of text, UTF-8
     FRAMING = "framing"  # bytes that carry no tensor; never a key

@@ -18,7 +18,7 @@ import torch
 from splitlearn.frames import MAX_NBYTES, Codec, Kind, Message, decode, encode, frame_nbytes
 from splitlearn.misfit import Refused
 
-__all__ = ["Carrier", "Emulated", "Exchange", "Framed", "Metered", "Recorded", "Transport", "serve"]
+__all__ = ["Carrier", "Emulated", "Exchange", "Framed", "Metered", "Recorded", "Transport", "copied", "serve"]
 
 MAX_ERROR_NBYTES = 10_000  # of an error's text that are read
 
@@ -55,9 +55,9 @@ class Recorded:
 
     def request(self, message: Message) -> Message:
         """Pass the message on, and keep a copy of it and of its reply."""
-        asked = _copied(message)  # before the party may change what it is given
+        asked = copied(message)  # before the party may change what it is given
         reply = self._transport.request(message)
-        exchange = Exchange(asked, _copied(reply))
+        exchange = Exchange(asked, copied(reply))
         with self._lock:
             self.exchanges.append(exchange)
             self._nbytes += _nbytes(exchange)
@@ -184,7 +184,8 @@ class Emulated:
             self._sleep(delay)
 
 
-def _copied(message: Message) -> Message:
+def copied(message: Message) -> Message:
+    """Return the message with tensors of its own, which nobody else can change."""
     return replace(message, tensors={key: tensor.detach().clone() for key, tensor in message.tensors.items()})
 
 

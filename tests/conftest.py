@@ -1,10 +1,13 @@
 """What every test shares: one torch thread a worker, a fixed seed, and real data where there is any."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from privacy.mpc import Servers
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +24,17 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data: set SPLITLEARN_DATA to a folder that holds it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    """Two servers and a dealer for all tests of a worker that break none of them; each opens stages of its own."""
+    with Servers(timeout=60) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def remembering() -> Iterator[Servers]:
+    """The same, of parties that remember all that they receive; read (and so forget) it before and after."""
+    with Servers(timeout=60, remember=True) as running:
+        yield running

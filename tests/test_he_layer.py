@@ -23,10 +23,11 @@ from privacy.he.function import again
 from privacy.he.geometry import Geometry
 from privacy.he.holding import OPEN_PRODUCTS, TICKET
 from privacy.he.layer import WayBack
-from privacy.he.opening import Opening, Update, as_tensor
+from privacy.he.opening import Opening, Update
 from splitlearn import Kind, wire
 from splitlearn.misfit import Refused
 from splitlearn.service import keyed
+from splitlearn.settings import settings_tensor
 
 MODES = ["frozen", "private", "encrypted"]
 
@@ -670,7 +671,7 @@ def test_a_change_whose_answer_was_lost_is_sent_again_and_counts_once(across: bo
 
 
 def numbered(number: int, own: Keys, made: Any = 0) -> dict[str, Tensor]:
-    return {Kind.COUNT: torch.tensor(number), Kind.PARAMETERS: as_tensor({"key": own.id.hex(), "made": made})}
+    return {Kind.COUNT: torch.tensor(number), Kind.PARAMETERS: settings_tensor({"key": own.id.hex(), "made": made})}
 
 
 def test_changes_are_numbered_from_1_in_each_session_and_others_refused() -> None:
@@ -1231,7 +1232,7 @@ def test_a_product_before_the_encrypted_weights_is_refused(returns: bool) -> Non
 def told(**changes: Any) -> Tensor:
     """An opening with some of its settings replaced."""
     opening = Opening(FAST, keys().id, 8.0, True, Update.FROZEN)
-    return as_tensor({**json.loads(opening.tensor().numpy().tobytes()), **changes})
+    return settings_tensor({**json.loads(opening.tensor().numpy().tobytes()), **changes})
 
 
 def raw(data: bytes) -> Tensor:
@@ -1241,7 +1242,7 @@ def raw(data: bytes) -> Tensor:
 def without(name: str) -> Tensor:
     opening = json.loads(told().numpy().tobytes())
     opening.pop(name)
-    return as_tensor(opening)
+    return settings_tensor(opening)
 
 
 @pytest.mark.parametrize(
@@ -1470,7 +1471,7 @@ def test_a_reply_that_is_another_or_none_is_refused_by_the_client() -> None:
         sound | {"outer": (1 << 24) + 1}, sound | {"inner": 3.0}, sound | {"inner": True}, sound | {"bias": 1},
         sound | {"stride": [0, 1]}, sound | {"padding": [-1, 0]}, sound | {"kernel": 3}, sound | {"channels": -1},
     ):  # fmt: skip
-        lying.reply = lambda reply, told=told: {Kind.PARAMETERS: as_tensor(told)}
+        lying.reply = lambda reply, told=told: {Kind.PARAMETERS: settings_tensor(told)}
         with pytest.raises(ValueError, match="expected the geometry of a layer, got"):
             EncryptedLayer(keys(), lying)
 

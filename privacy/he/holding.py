@@ -14,12 +14,13 @@ from torch import Tensor
 from privacy.he.ciphertexts import Ciphertexts
 from privacy.he.geometry import Geometry
 from privacy.he.layout import Layout, room_for
-from privacy.he.opening import MOST_ROWS, Opening, Update, as_tensor
+from privacy.he.opening import MOST_ROWS, Opening, Update
 from privacy.he.parameters import Parameters
 from privacy.he.product import plan, received, replied, sums
 from privacy.he.seal import Ring
 from splitlearn.frames import Kind
 from splitlearn.service import Answer, need
+from splitlearn.settings import settings_tensor
 
 __all__ = ["GRADIENT_BOUND", "TICKET", "Holder", "count_of", "layouts", "shared_layouts"]
 
@@ -92,7 +93,7 @@ class Holder(ABC):
         self._opening, self._ring = opening, Ring(opening.parameters)
         self._kept.clear()
         self._opened()
-        return {Kind.PARAMETERS: as_tensor(self.geometry.told())}
+        return {Kind.PARAMETERS: settings_tensor(self.geometry.told())}
 
     @abstractmethod
     def _opened(self) -> None:

@@ -18,12 +18,13 @@ from privacy.he.holder import LayerHolder
 from privacy.he.holding import GRADIENT_BOUND, TICKET, layouts, shared_layouts
 from privacy.he.keys import Keys, OutOfRange, within
 from privacy.he.layout import Layout, Real
-from privacy.he.opening import Opening, Update, as_object, as_tensor
+from privacy.he.opening import Opening, Update, as_object
 from privacy.he.product import MOST_HALVINGS, halvings_for
 from privacy.he.samplers import teach_opacus
 from splitlearn.frames import Kind
 from splitlearn.misfit import Refused
 from splitlearn.service import keyed, need
+from splitlearn.settings import settings_tensor
 
 __all__ = ["EncryptedLayer", "Holding"]
 
@@ -208,7 +209,7 @@ class EncryptedLayer(nn.Module):
             # Numbered: where the answer is lost, the same change may be sent again, and counts once.
             numbered: dict[str, Tensor] = {
                 Kind.COUNT: torch.tensor(self._changes + 1),
-                Kind.PARAMETERS: as_tensor({"key": self._keys.id.hex(), "made": self._made}),
+                Kind.PARAMETERS: settings_tensor({"key": self._keys.id.hex(), "made": self._made}),
             }
             self._holder.ask("change", {**changes, **numbered})
             self._changes += 1

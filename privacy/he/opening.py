@@ -1,7 +1,5 @@
 """Opening: what a client tells a holder before anything else, all of it public; and how weights may change."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -11,8 +9,9 @@ from torch import Tensor
 
 from privacy.he.ciphertexts import refuse_key_material
 from privacy.he.parameters import Parameters
+from splitlearn.settings import settings_of, settings_tensor
 
-__all__ = ["MOST_ROWS", "Opening", "Update", "as_object", "as_tensor"]
+__all__ = ["MOST_ROWS", "Opening", "Update", "as_object"]
 
 MOST_ROWS = 1 << 24  # of one request
 
@@ -63,7 +62,7 @@ class Opening:
             "weight_scale_bits": one.weight_scale_bits, "key": self.key.hex(), "bound": self.bound,
             "truncated": self.truncated, "update": self.update, "rows": self.rows,
         }  # fmt: skip
-        return as_tensor(told)
+        return settings_tensor(told)
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Opening":
@@ -84,22 +83,10 @@ class Opening:
             raise ValueError(f"expected parameters, key id and bounds of a client, got {sorted(told)}") from error
 
 
-def as_tensor(told: Mapping[str, Any]) -> Tensor:
-    """Return public settings as what crosses: JSON."""
-    return torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
-
-
 def as_object(tensor: Tensor) -> dict[str, Any]:
-    """Return the public settings that crossed."""
-    raw = tensor.numpy().tobytes() if tensor.dtype is torch.uint8 else b""
-    refuse_key_material(raw)
+    """Return the public settings that crossed; key material among them is refused."""
+    refuse_key_material(tensor.numpy().tobytes() if tensor.dtype is torch.uint8 else b"")
     try:
-        told = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"expected public parameters as JSON, got {len(raw)} bytes of something else; keys and TenSEAL contexts "
-            "stay with the client"
-        ) from error
-    if not isinstance(told, dict):
-        raise ValueError(f"expected public parameters as a JSON object, got {type(told).__name__}")
-    return told
+        return settings_of(tensor)
+    except ValueError as error:
+        raise ValueError(f"{error}; keys and TenSEAL contexts stay with the client") from error

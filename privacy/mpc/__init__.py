@@ -1,5 +1,36 @@
 """Secure multi-party computation: computing on values that no single server sees (CrypTen)."""
 
+from privacy.mpc.aggregation import SecureMean, SecureMember
 from privacy.mpc.compat import load_crypten
+from privacy.mpc.costs import LAN, WAN, Costs, Network
+from privacy.mpc.party import SharedStage, SharedTop, StageClient
+from privacy.mpc.protocols import (
+    LEARNS,
+    JoinedOnShares,
+    mpc_2pc,
+    mpc_inference,
+    mpc_u_shaped,
+    mpc_vertical,
+)
+from privacy.mpc.servers import SECURITY, Servers
 
-__all__ = ["load_crypten"]
+__all__ = [
+    "LAN",
+    "LEARNS",
+    "SECURITY",
+    "WAN",
+    "Costs",
+    "JoinedOnShares",
+    "Network",
+    "SecureMean",
+    "SecureMember",
+    "Servers",
+    "SharedStage",
+    "SharedTop",
+    "StageClient",
+    "load_crypten",
+    "mpc_2pc",
+    "mpc_inference",
+    "mpc_u_shaped",
+    "mpc_vertical",
+]

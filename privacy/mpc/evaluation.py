@@ -1,0 +1,178 @@
+"""A stage on shares: its layers by CrypTen's products and comparisons, forward, backward and one step of SGD.
+
+Only the servers' processes import this. Each layer's own graph is kept apart, so that the time that each takes in
+either direction is known, and nothing is kept where no gradient comes back.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import floor, log2
+from typing import Any
+
+from torch import Tensor
+
+from privacy.mpc.layers import Layer
+from privacy.mpc.seat import crypten
+from privacy.mpc.sharing import BITS
+
+__all__ = ["OPERATIONS", "Clock", "Evaluated", "fresh", "of_share"]
+
+Shared: Any = crypten.mpc.MPCTensor
+OPERATIONS = {
+    "Linear": "linear", "Conv1d": "linear", "Conv2d": "linear", "ReLU": "relu", "LeakyReLU": "relu",
+    "MaxPool1d": "pool", "MaxPool2d": "pool", "AvgPool2d": "pool", "Flatten": "shape", "Identity": "shape",
+}  # fmt: skip
+
+
+class Clock:
+    """Seconds by operation."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def on(self, operation: str) -> Iterator[None]:
+        """Add what the block takes."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[operation] += time.perf_counter() - begun
+
+
+class Evaluated:
+    """This server's half of a stage: shares of its weights, and of what a gradient needs to come back."""
+
+    def __init__(self, layers: Sequence[Layer], weights: Mapping[str, Tensor], clock: Clock):
+        self.layers = list(layers)
+        self.weights = {name: of_share(share) for name, share in weights.items()}
+        self.momentum: dict[str, Tensor] = {}
+        self._clock = clock
+        self._kept: list[tuple[Layer, Any, Any]] | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether a step has gone forward and not come back."""
+        return self._kept is not None
+
+    def abandon(self) -> None:
+        """Give up the open step."""
+        self._kept = None
+
+    def forward(self, x: Tensor, *, keep: bool) -> Any:
+        """Return the stage's output on shares; with ``keep`` a gradient may come back."""
+        own, kept = of_share(x), []
+        for layer in self.layers:
+            parameters = {name.rpartition(".")[2]: one for name, one in self._of(layer).items()}
+            with self._clock.on(OPERATIONS[layer.kind]):
+                if keep:
+                    own = of_share(own.share)  # a leaf: CrypTen's detach() keeps what it came from
+                    own.requires_grad = True
+                    for one in parameters.values():
+                        one.requires_grad, one.grad = True, None
+                    out = APPLIED[layer.kind](own, parameters, layer.settings)
+                    kept.append((layer, own, out))
+                else:
+                    with crypten.no_grad():
+                        out = APPLIED[layer.kind](own, parameters, layer.settings)
+            own = out
+        self._kept = kept if keep else self._kept
+        return of_share(own.share)
+
+    def backward(self, g: Any) -> Any:
+        """Return the gradient of the stage's input; that of each weight is then in its ``grad``."""
+        assert self._kept is not None
+        kept, self._kept = self._kept, None
+        for layer, x, out in reversed(kept):
+            with self._clock.on(OPERATIONS[layer.kind]):
+                out.backward(grad_input=g)
+                g = x.grad
+        return g
+
+    def step(self, rate: float, momentum: float) -> None:
+        """Take one step of SGD, as torch's: v ← momentum·v + g, w ← w − rate·v."""
+        with self._clock.on("update"):
+            for name, weight in self.weights.items():
+                change = weight.grad.share
+                if momentum:
+                    before = self.momentum.get(name)
+                    change = change if before is None else scaled(before, momentum) + change
+                    self.momentum[name] = change
+                self.weights[name] = of_share(weight.share - scaled(change, rate))
+
+    def _of(self, layer: Layer) -> dict[str, Any]:
+        return {name: one for name, one in self.weights.items() if name.rpartition(".")[0] == layer.name}
+
+
+def of_share(share: Tensor) -> Any:
+    """Return CrypTen's tensor of this server's share."""
+    return Shared.from_shares(share)
+
+
+def fresh(tensor: Any) -> Tensor:
+    """Return this server's share, masked anew: of the way that it was computed it then says nothing."""
+    zero = crypten.mpc.primitives.ArithmeticSharedTensor.PRZS(tuple(tensor.share.shape))
+    return tensor.share + zero.share
+
+
+def scaled(share: Tensor, factor: float) -> Tensor:
+    """Return the share of a public multiple, to 16 significant bits of the factor however small that is."""
+    bits = BITS - min(0, floor(log2(factor))) if factor > 0 else BITS
+    return (share * round(factor * (1 << bits))).div(1 << bits, rounding_mode="trunc")
+
+
+def _linear(x: Any, own: Mapping[str, Any], _: Mapping[str, Any]) -> Any:
+    return _biased(x.matmul(own["weight"].t()), own, 0)
+
+
+def _convolved(x: Any, own: Mapping[str, Any], settings: Mapping[str, Any], *, dims: int) -> Any:
+    convolve = x.conv1d if dims == 1 else x.conv2d
+    how = {name: settings[name] for name in ("stride", "padding", "dilation", "groups")}
+    return _biased(convolve(own["weight"], **how), own, dims)
+
+
+def _biased(out: Any, own: Mapping[str, Any], dims: int) -> Any:
+    return out if "bias" not in own else out + own["bias"].reshape(-1, *[1] * dims)
+
+
+def _leaky(x: Any, _: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    slope = float(settings["negative_slope"])
+    return x.relu().mul(1 - slope) + x.mul(slope)
+
+
+def _pooled(x: Any, _: Mapping[str, Any], settings: Mapping[str, Any], *, mean: bool) -> Any:
+    kernel, stride = (_pair(settings[name]) for name in ("kernel_size", "stride"))
+    return x.avg_pool2d(kernel, stride=stride) if mean else x.max_pool2d(kernel, stride=stride)
+
+
+def _pooled_1d(x: Any, _: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    kernel, stride = (one[0] if isinstance(one := settings[n], tuple) else one for n in ("kernel_size", "stride"))
+    return x.unsqueeze(2).max_pool2d((1, kernel), stride=(1, stride)).squeeze(2)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _max_pooled(x: Any, own: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    return _pooled(x, own, settings, mean=False)
+
+
+def _mean_pooled(x: Any, own: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    return _pooled(x, own, settings, mean=True)
+
+
+APPLIED: dict[str, Callable[[Any, Mapping[str, Any], Mapping[str, Any]], Any]] = {
+    "Linear": _linear,
+    "Conv1d": lambda x, own, settings: _convolved(x, own, settings, dims=1),
+    "Conv2d": lambda x, own, settings: _convolved(x, own, settings, dims=2),
+    "ReLU": lambda x, own, settings: x.relu(),
+    "LeakyReLU": _leaky,
+    "MaxPool1d": _pooled_1d,
+    "MaxPool2d": _max_pooled,
+    "AvgPool2d": _mean_pooled,
+    "Flatten": lambda x, own, settings: x.reshape(x.size(0), -1),
+    "Identity": lambda x, own, settings: x.clone(),
+}

@@ -1,0 +1,272 @@
+"""The client's side of a stage on shares: a party like any other to every protocol, and a torch layer to any loop."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from privacy.mpc.layers import described
+from privacy.mpc.servers import Servers
+from privacy.mpc.sharing import decoded, encoded, joined, shared
+from splitlearn.misfit import Refused
+from splitlearn.wire import Metered
+
+__all__ = ["SharedStage", "SharedTop", "StageClient"]
+
+LossTo = Literal["client", "nobody"]
+Replies = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+
+
+class SharedStage:
+    """A stage whose weights and activations two servers hold in shares: nobody sees any of them. A ``Party``.
+
+    It stands wherever a protocol takes a server: ``vanilla(client, stage, x, y)`` computes the loss on shares too, and
+    ``u_shaped(bottom, stage, head, x, y)`` reveals the outputs to the client. ``stage`` is the model owner's, who is
+    the client here: its weights go up in shares, train there by SGD, and come back by ``weights()``.
+
+    | | the client, who owns the stage | each server | the dealer |
+    | --- | --- | --- | --- |
+    | ``learn`` | the gradient at the cut, and the loss if ``loss_to="client"`` | masked values, shapes | shapes |
+    | ``forward``, ``backward`` | the outputs, the gradient at the cut | masked values, shapes | shapes |
+    | ``predict`` | the outputs | masked values, shapes | shapes |
+    | ``weights`` | the weights | shapes | nothing |
+
+    - Protects: activations, labels, gradients and weights from each server and from the dealer.
+    - Does not protect: what the client is told (above) from the client; what an output tells of the weights; see
+      ``Servers`` for what must hold.
+    - Values are in fixed point with 16 bits of fraction: what is shared must lie within ±8192, and what is revealed
+      within ±2^20, or the step ends with an error. Gradients are shared as sums over the batch, not as means, so that
+      they have as many digits as activations.
+    - Deviations: of CrypTen's approximations, which ``learn`` takes, exp is (1 + x/256)^256 and log is good to 2 %, so
+      that the loss it reveals differs from the plain one by some hundredths, and gradients by about a hundredth;
+      ``forward`` and ``backward`` are exact to fixed point. Truncation of a product wraps around, rarely (for values of
+      order 1 once in 10^9): what comes of it is told of as a value out of range, never trained on in silence.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        stage: nn.Module,
+        *,
+        lr: float = 0.0,
+        momentum: float = 0.0,
+        loss_to: LossTo = "client",
+        name: str = "servers",
+    ):
+        if not (0 <= lr < 1e3 and 0 <= momentum < 1):
+            raise Refused(f"expected lr from 0 (frozen) to 1000 and momentum from 0 to 1, got {lr} and {momentum}")
+        if loss_to not in ("client", "nobody"):
+            raise Refused(f"expected loss_to to be client or nobody, got {loss_to!r}")
+        self.name, self.lr, self.momentum, self.loss_to, self.steps = name, lr, momentum, loss_to, 0
+        self._servers = servers
+        self._layers = described(stage)
+        self._dtypes = {key: one.dtype for key, one in stage.named_parameters()}
+        self.session = servers.new_session("stage")
+        told = {"session": self.session, "layers": [layer.told() for layer in self._layers]}
+        servers.desk("open", told, shared(_encoded_weights(dict(stage.named_parameters()))))
+        self._pair = servers.pair(self.session)
+        self._forwarded: tuple[int, bool, Tensor] | None = None  # rows, whether x asks for a gradient, and its like
+
+    @property
+    def meters(self) -> list[Metered]:
+        """The wires to both servers."""
+        return self._pair.meters
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Share the activation, and return the output that the servers' shares add up to, as a fresh leaf."""
+        replies = self._pair.ask("forward", None, shared({"x": _activation(x)}))
+        self._forwarded = (len(x), x.requires_grad, x.detach())
+        return _revealed(replies, "out", "outputs", like=x).requires_grad_()
+
+    def backward(self, g: Tensor) -> Tensor | None:
+        """Share the gradient of the output, have the servers step, and return the gradient of the input."""
+        if self._forwarded is None:
+            raise ValueError(f"{self.name}: expected an open step, begun by forward; call forward(x) first")
+        rows, wanted, like = self._forwarded
+        self._forwarded = None
+        told = self._told(rows, wanted=wanted)
+        replies = self._pair.ask("backward", told, shared({"g": encoded(g * rows, "gradients times the batch")}))
+        self.steps += 1
+        return _revealed(replies, "g", "gradients", like=like) / rows if wanted else None
+
+    def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Share activation and labels; return the mean loss (nan if it is revealed to nobody) and the gradient.
+
+        ``y`` int64 [batch] numbers the classes. The loss is cross-entropy, computed on shares.
+        """
+        told = self._told(len(z), wanted=z.requires_grad) | {"loss": self.loss_to == "client"}
+        replies = self._pair.ask("learn", told, shared({"x": _activation(z), "y": self._one_hot(y)}))
+        self.steps += 1
+        g = _revealed(replies, "g", "gradients", like=z) / len(z) if z.requires_grad else None
+        return self._loss(replies, len(z), z), g
+
+    def label(self, y: Tensor) -> Tensor:
+        """Labels are a local matter; raises ``ValueError``."""
+        raise ValueError(f"{self.name}: expected labels from a party in this process; ask the one who holds them")
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Return the output for ``x``, revealed to this client."""
+        return _revealed(self._pair.ask("predict", None, shared({"x": _activation(x)})), "out", "outputs", like=x)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights, put together from both servers' shares: they are this client's."""
+        return {name: one for kind, name, one in self._state() if kind == "weights"}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Share these weights in place of those that the servers hold; momentum starts anew."""
+        self._load(weights, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on, put together from shares; for ``checkpoint=…``."""
+        state = list(self._state())
+        return {
+            "stage": {name: one for kind, name, one in state if kind == "weights"},
+            "momentum": {name: one for kind, name, one in state if kind == "momentum"},
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned; steps then go on as they would have, to fixed point."""
+        self._load(state["stage"], state["momentum"])
+        self.steps = state["steps"]
+
+    put_back = load_state_dict
+
+    def abandon(self) -> None:
+        """Give up the open step: its backward will not come."""
+        self._forwarded = None
+        self._pair.ask("abandon")
+
+    def client(self, name: str) -> "StageClient":
+        """Return the wires of another one, who shares activations of his own: for ``mpc_vertical``, or to predict."""
+        return StageClient(self._servers, self.session, name)
+
+    def learn_joined(self, clients: Sequence["StageClient"], y: Tensor) -> Tensor:
+        """Learn from the activations that these have offered, side by side; each then collects his gradient."""
+        told = self._told(len(y), wanted=True)
+        told |= {"loss": self.loss_to == "client", "sessions": [client.session for client in clients]}
+        replies = self._pair.ask("learn_joined", told, shared({"y": self._one_hot(y)}))
+        self.steps += 1
+        return self._loss(replies, len(y), torch.zeros(0))
+
+    def predict_joined(self, clients: Sequence["StageClient"]) -> Tensor:
+        """Return the output for the activations that these have offered, side by side."""
+        told = {"sessions": [client.session for client in clients]}
+        return _revealed(self._pair.ask("predict_joined", told), "out", "outputs", like=torch.zeros(0))
+
+    def close(self) -> None:
+        """Have the servers forget this stage."""
+        self._servers.desk("close", {"session": self.session})
+
+    def _told(self, rows: int, *, wanted: bool) -> dict[str, Any]:
+        if not rows:
+            raise ValueError(f"{self.name}: expected a batch of at least one sample, got none; skip empty batches")
+        return {"rate": self.lr / rows, "momentum": self.momentum, "wanted": wanted}
+
+    def _one_hot(self, y: Tensor) -> Tensor:
+        outputs = self.classes
+        if y.is_floating_point() or y.ndim != 1 or not bool(((y >= 0) & (y < outputs)).all()):
+            raise ValueError(
+                f"{self.name}: expected labels from 0 to {outputs - 1}, int64 [batch], got {y.dtype} of shape "
+                f"{tuple(y.shape)}"
+            )
+        return encoded(nn.functional.one_hot(y, outputs).double(), "labels")
+
+    @property
+    def classes(self) -> int:
+        """How many outputs the last layer with weights has."""
+        sizes = [layer.settings.get("out_features", layer.settings.get("out_channels")) for layer in self._layers]
+        return int([size for size in sizes if size is not None][-1])
+
+    def _loss(self, replies: Replies, rows: int, like: Tensor) -> Tensor:
+        if self.loss_to == "nobody":
+            return torch.tensor(float("nan"))
+        return _revealed(replies, "loss", "a loss", like=like) / rows
+
+    def _state(self) -> Iterator[tuple[str, str, Tensor]]:
+        for key, ring in joined(self._pair.ask("weights")).items():
+            kind, _, name = key.partition("/")
+            yield kind, name, decoded(ring, f"weights of {name}").to(self._dtypes[name])
+
+    def _load(self, weights: Mapping[str, Tensor], momentum: Mapping[str, Tensor]) -> None:
+        own = _encoded_weights(weights, "weights/") | _encoded_weights(momentum, "momentum/")
+        self._pair.ask("load_weights", None, shared(own))
+        self._forwarded = None
+
+
+class StageClient:
+    """One who shares activations into a stage that somebody else has opened: all of them, or some features of each.
+
+    Only shares ever leave him; he learns what is revealed to him alone, gradients of his own part and predictions.
+    """
+
+    def __init__(self, servers: Servers, stage: str, name: str):
+        self.name, self.session = name, servers.new_session(f"{stage}/{name}")
+        servers.desk("admit", {"session": self.session, "stage": stage})
+        self._pair = servers.pair(self.session)
+
+    @property
+    def meters(self) -> list[Metered]:
+        """His wires to both servers."""
+        return self._pair.meters
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Return the output for ``x``, which whoever opened the stage does not learn."""
+        return _revealed(self._pair.ask("predict", None, shared({"x": _activation(x)})), "out", "outputs", like=x)
+
+    def offer(self, z: Tensor) -> None:
+        """Share an activation [batch, features] for the next joint step."""
+        self._pair.ask("offer", None, shared({"x": _activation(z)}))
+
+    def collect(self, like: Tensor) -> Tensor:
+        """Return the gradient of what was offered to the last joint step, of the mean loss over the batch."""
+        return _revealed(self._pair.ask("collect"), "g", "gradients", like=like) / len(like)
+
+
+class SharedTop(nn.Module):
+    """A user's own layers on shares, as one layer of any model and any loop; see ``SharedStage`` for who sees what.
+
+    ``y = top(x)`` shares x and reveals the output to this process; autograd through it shares the gradient, and the
+    servers take a step of SGD (``lr``, ``momentum``) with it. It has no parameters here: give the optimizer the rest of
+    the model. In evaluation, under ``torch.no_grad()``, nothing is kept for a gradient.
+    """
+
+    def __init__(self, servers: Servers, stage: nn.Module, *, lr: float = 0.0, momentum: float = 0.0):
+        super().__init__()
+        self.shared = SharedStage(servers, stage, lr=lr, momentum=momentum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layers' output for ``x``, as they would themselves."""
+        if not torch.is_grad_enabled():
+            return self.shared.predict(x)
+        return _Through.apply(x, self.shared, torch.zeros(0, requires_grad=True))
+
+    def extra_repr(self) -> str:
+        """Return the layers that are held in shares."""
+        return ", ".join(layer.kind for layer in self.shared._layers)
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stage: SharedStage, anchor: Tensor) -> Tensor:
+        ctx.stage = stage
+        return stage.forward(x.detach().requires_grad_(ctx.needs_input_grad[0])).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        return ctx.stage.backward(gradients[0]), None, None
+
+
+def _activation(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        raise Refused(f"expected floating-point activations to share, got {x.dtype}")
+    return encoded(x, "activations")
+
+
+def _revealed(replies: Replies, name: str, what: str, *, like: Tensor) -> Tensor:
+    return decoded(joined(replies)[name], what).to(like.device, like.dtype)
+
+
+def _encoded_weights(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    return {f"{prefix}{name}": encoded(one, f"weights of {name}") for name, one in weights.items()}
