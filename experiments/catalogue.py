@@ -3,19 +3,23 @@
 from experiments.bench_dp import audit_power, dp_overhead
 from experiments.bench_he import he_overhead_figures
 from experiments.bench_import import import_time
+from experiments.bench_mpc import mpc_overhead_figures
 from experiments.bench_split import split_overhead
 from experiments.experiment import Experiment
 from experiments.he_overhead import HE_OVERHEAD
-from experiments.ingredients import ATTACKS, LABEL_ATTACKS, PROTECTIONS, PROTOCOLS
+from experiments.ingredients import ATTACKS, BUILT_ATTACKS, PROTECTIONS, PROTOCOLS
 from experiments.mechanisms import MECHANISMS
+from experiments.mpc_overhead import MPC_OVERHEAD
 from experiments.parity import PARITY
 from experiments.parts import Bench
 from experiments.privacy_utility import PRIVACY_UTILITY
 from experiments.tradeoff import TRADEOFF
 
-__all__ = ["ATTACKS", "BENCHES", "EXPERIMENTS", "LABEL_ATTACKS", "MECHANISMS", "PROTECTIONS", "PROTOCOLS"]
+__all__ = ["ATTACKS", "BENCHES", "BUILT_ATTACKS", "EXPERIMENTS", "MECHANISMS", "PROTECTIONS", "PROTOCOLS"]
 
-EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (TRADEOFF, PRIVACY_UTILITY, HE_OVERHEAD, PARITY)}
+EXPERIMENTS: dict[str, Experiment] = {
+    one.name: one for one in (TRADEOFF, PRIVACY_UTILITY, HE_OVERHEAD, MPC_OVERHEAD, PARITY)
+}
 
 BENCHES: dict[str, Bench] = {
     "split-overhead": Bench("what splitting costs in time and bytes, against the same step unsplit", split_overhead),
@@ -26,5 +30,6 @@ BENCHES: dict[str, Bench] = {
     "he": Bench(
         "what encryption on the cut costs in time and bytes, against TenSEAL's own tensors", he_overhead_figures
     ),
+    "mpc": Bench("what computing on shares costs in time and bytes, against CrypTen alone", mpc_overhead_figures),
     "import": Bench("what `import splitlearn` takes beyond `import torch`", import_time),
 }

@@ -290,8 +290,8 @@ def _catalogue() -> dict[str, tuple[str, dict[str, str]]]:
     from experiments.catalogue import (
         ATTACKS,
         BENCHES,
+        BUILT_ATTACKS,
         EXPERIMENTS,
-        LABEL_ATTACKS,
         MECHANISMS,
         PROTECTIONS,
         PROTOCOLS,
@@ -301,7 +301,7 @@ def _catalogue() -> dict[str, tuple[str, dict[str, str]]]:
     kinds: dict[str, tuple[str, Mapping[str, Any]]] = {
         "experiments": ("Experiments (splitlearn run NAME)", EXPERIMENTS),
         "protocols": ("Protocols", PROTOCOLS),
-        "attacks": ("Attacks", {**ATTACKS, **LABEL_ATTACKS}),
+        "attacks": ("Attacks", {**ATTACKS, **BUILT_ATTACKS}),
         "protections": ("Protections (defenses)", PROTECTIONS),
         "mechanisms": ("Mechanisms with an ε (splitlearn run privacy_utility --mechanisms NAME)", MECHANISMS),
         "data": ("Data sets (splitlearn data NAME)", DATASETS),

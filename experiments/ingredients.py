@@ -8,14 +8,14 @@ from dataclasses import replace
 
 from attacks import MaximumLikelihood, decoder_family
 from defenses import NoPeek
-from experiments import encrypted, setups
-from experiments.parts import CONTINUOUS, Attack, LabelAttack, Protection, Protocol, Shield, number
+from experiments import encrypted, setups, shares
+from experiments.parts import CONTINUOUS, Attack, BuiltAttack, Protection, Protocol, Shield, number
 from privacy.dp import ClippedGaussian, ClippedLaplace
 from splitlearn.codecs import Int8, TopK
 from splitlearn.frames import Codec
 from splitlearn.threat import Threat
 
-__all__ = ["ATTACKS", "LABEL_ATTACKS", "PROTECTIONS", "PROTOCOLS"]
+__all__ = ["ATTACKS", "BUILT_ATTACKS", "PROTECTIONS", "PROTOCOLS"]
 
 WHITE_BOX = Threat(white_box=True, auxiliary=True)
 QUERIES = Threat(queries=True, auxiliary=True)
@@ -70,12 +70,15 @@ ATTACKS: dict[str, Attack] = {
     ),
 }
 
-LABEL_ATTACKS: dict[str, LabelAttack] = {
-    "clear_gradient": LabelAttack(
+BUILT_ATTACKS: dict[str, BuiltAttack] = {
+    "clear_gradient": BuiltAttack(
         "labels from the gradient at the outputs, where it crosses in the clear (he_overhead)"
     ),
-    "sent_labels": LabelAttack("labels from randomised answers and what else crossed, by Bayes (privacy_utility)"),
-    "matching": LabelAttack(
+    "held_activation": BuiltAttack(
+        "the activation at the cut from what one server holds: as it is, or by a mask that it drew (mpc_overhead)"
+    ),
+    "sent_labels": BuiltAttack("labels from randomised answers and what else crossed, by Bayes (privacy_utility)"),
+    "matching": BuiltAttack(
         "labels by gradient matching in the U shape (Erdoğan et al. 2022), noise and passes known (privacy_utility)"
     ),
 }
@@ -93,5 +96,10 @@ PROTOCOLS: dict[str, Protocol] = {
     "he_encw": Protocol(encrypted.train_he_encw, activations_cross=False),
     "he_inference": Protocol(encrypted.train_he_inference, activations_cross=False),
     "split_ways": Protocol(encrypted.train_split_ways, activations_cross=False),
+    "mpc_2pc": Protocol(shares.train_mpc_2pc, activations_cross=False),
+    "mpc_u_shaped": Protocol(shares.train_mpc_u_shaped, activations_cross=False),
+    "mpc_inference": Protocol(shares.train_mpc_inference, activations_cross=False),
+    "mpc_vertical": Protocol(shares.train_mpc_vertical, activations_cross=False),
+    "splitfed_v2_secure": Protocol(shares.train_splitfed_v2_secure),
     "unsplit": Protocol(setups.train_unsplit, activations_cross=False),
 }

@@ -9,7 +9,7 @@ from splitlearn.frames import Codec
 from splitlearn.party import Guard
 from splitlearn.threat import Threat
 
-__all__ = ["CONTINUOUS", "Aim", "Attack", "Bench", "LabelAttack", "Protection", "Protocol", "Shield", "number"]
+__all__ = ["CONTINUOUS", "Aim", "Attack", "Bench", "BuiltAttack", "Protection", "Protocol", "Shield", "number"]
 
 CONTINUOUS: tuple[Modality, ...] = ("image", "signal", "table")
 
@@ -54,8 +54,8 @@ class Attack:
 
 
 @dataclass(frozen=True)
-class LabelAttack:
-    """An attack on labels that an experiment builds itself, since it must know the mechanism that protects them."""
+class BuiltAttack:
+    """An attack that an experiment builds itself, since it must know the mechanism that protects what it is after."""
 
     summary: str
 

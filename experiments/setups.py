@@ -7,7 +7,7 @@ recorded. The shield is on what the clients send. Each function ends in the mode
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from experiments.parts import Shield
 from experiments.training import Trained, Training, build_model, optimizer_for
+from privacy.mpc import SecureMean, SecureMember, Servers
 from splitlearn.codecs import through
 from splitlearn.cut import cut
 from splitlearn.data import Splits, partition
 from splitlearn.features import Features
 from splitlearn.federation import (
+    FedMember,
     Member,
     RemoteMember,
     apart_round,
@@ -51,6 +53,7 @@ __all__ = [
     "train_unsplit",
     "train_vanilla",
     "train_vertical",
+    "vertical_parts",
 ]
 
 LABELLED = ["the activation of every sample, in training and prediction", "the labels", "the loss"]
@@ -105,10 +108,18 @@ def train_splitfed_v1(training: Training, splits: Splits, shield: Shield) -> Tra
     return table.finished(losses, {"server": LABELLED, "fed server": FED, "client": NOTHING})
 
 
-def train_splitfed_v2(training: Training, splits: Splits, shield: Shield) -> Trained:
-    """SplitFed V2: all clients share one server in its order; bottoms are averaged every round."""
+def train_splitfed_v2(training: Training, splits: Splits, shield: Shield, *, servers: Servers | None = None) -> Trained:
+    """SplitFed V2: all clients share one server in its order; bottoms are averaged every round.
+
+    With ``servers``, the bottoms are added up on shares, and no single one reaches the fed server.
+    """
     table = _table(training, splits, shield, shared=True)
-    losses = table.rounds(lambda: splitfed_v2_round(table.remote, table.bottom))
+    if servers is None:
+        losses = table.rounds(lambda: splitfed_v2_round(table.remote, table.bottom))
+    else:
+        remote, meters = over_wires([SecureMember(one, servers) for one in table.members])
+        losses = table.rounds(lambda: splitfed_v2_round(remote, table.bottom, aggregate=SecureMean(servers)))
+        table = replace(table, meters=[*meters, *servers.meters])
     table.members[0].learner.load_weights(table.bottom.weights())
     return table.finished(losses, {"server": LABELLED, "fed server": FED, "client": NOTHING})
 
@@ -149,18 +160,9 @@ def train_fedavg(training: Training, splits: Splits, shield: Shield) -> Trained:
 
 def train_vertical(training: Training, splits: Splits, shield: Shield) -> Trained:
     """Vertical split learning: each client holds some columns, the server the labels and no feature."""
-    clients = max(2, training.clients)
-    columns = partition.vertical(splits.private.x.shape[-1], clients)
-    model = build_model(splits, seed=training.seed).to(training.device)
-    whole, top = cut(model, training.cut)
+    holders, side, top = vertical_parts(training, splits, shield)
+    learners, columns, joined = [one.learner for one in holders], side.columns, side.joined
     server = _server(training, top)
-    learners = []
-    for number, own in enumerate(columns):
-        narrow = _narrow(splits, training, whole, len(own), clients) if splits.private.kind == "table" else whole
-        learners.append(_client(training, narrow, shield, number))
-    # Images are joined side by side as they were parted, a table's clients by their features.
-    joined: Join = partial(torch.cat, dim=-1)
-    holders = [Features(one, splits.private.x[..., own]) for one, own in zip(learners, columns, strict=True)]
     meters = [Metered(serve(Service({one.name: one}), shield.codec), requests="down") for one in holders]
     remote = [
         Remote(one.name, Framed(meter, shield.codec), one.name) for one, meter in zip(holders, meters, strict=True)
@@ -168,7 +170,6 @@ def train_vertical(training: Training, splits: Splits, shield: Shield) -> Traine
     batches = _batches(training, torch.arange(len(splits.private)), splits.private.y)
     step = partial(vertical, server, remote, join=joined)
     losses = fit(epochs_of(step, batches), epochs=training.epochs).losses
-    side = SideBySide([one.stage for one in learners], columns, joined)
     paths = [Encoder(one.stage, one.guard, shield.codec) for one in learners]  # each part is packed on its own wire
     encoder = Encoder(SideBySide(paths, columns, joined))
     visible = {
@@ -181,6 +182,24 @@ def train_vertical(training: Training, splits: Splits, shield: Shield) -> Traine
     return Trained(
         chain, whole_model, losses, counted(meters), visible, splits.private.x, splits.private.y, encoder, seen.record
     )
+
+
+def vertical_parts(
+    training: Training, splits: Splits, shield: Shield
+) -> tuple[list[Features], "SideBySide", nn.Module]:
+    """Return clients that hold some columns each of the private samples, their bottoms as one, and the top."""
+    clients = max(2, training.clients)
+    columns = partition.vertical(splits.private.x.shape[-1], clients)
+    model = build_model(splits, seed=training.seed).to(training.device)
+    whole, top = cut(model, training.cut)
+    learners = []
+    for number, own in enumerate(columns):
+        narrow = _narrow(splits, training, whole, len(own), clients) if splits.private.kind == "table" else whole
+        learners.append(_client(training, narrow, shield, number))
+    # Images are joined side by side as they were parted, a table's clients by their features.
+    side = SideBySide([one.stage for one in learners], columns, partial(torch.cat, dim=-1))
+    holders = [Features(one, splits.private.x[..., own]) for one, own in zip(learners, columns, strict=True)]
+    return holders, side, top
 
 
 class SideBySide(nn.Module):
@@ -281,7 +300,7 @@ def _shares(training: Training, splits: Splits) -> list[Batches]:
     return [_batches(training, x[rows], y[rows]) for rows in partition.iid(len(x), training.clients, training.seed)]
 
 
-def over_wires(members: Sequence[Member]) -> tuple[list[RemoteMember], list[Metered]]:
+def over_wires(members: Sequence[FedMember]) -> tuple[list[RemoteMember], list[Metered]]:
     """Return the members as the fed server sees them, its requests going down, and the meters on the way."""
     meters = [Metered(serve(Service({member.name: member})), requests="down") for member in members]
     remote = [RemoteMember(one.name, Framed(meter), one.name) for one, meter in zip(members, meters, strict=True)]

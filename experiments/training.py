@@ -33,7 +33,9 @@ __all__ = [
 ]
 
 
-ONE_CLIENT = ("u_shaped", "he_u_dp", "he_encw", "he_inference", "split_ways")
+ONE_CLIENT = (
+    "u_shaped", "he_u_dp", "he_encw", "he_inference", "split_ways", "mpc_2pc", "mpc_u_shaped", "mpc_inference",
+)  # fmt: skip
 USUAL_CUTS = ("relu2", "block2", "pool2", "relu1")  # after the second block, where there is one
 
 

@@ -12,9 +12,10 @@ from splitlearn.remote import Caller
 from splitlearn.service import keyed, named
 from splitlearn.wire import Transport
 
-__all__ = ["FedMember", "Member", "RemoteMember", "Weights", "batch_norm_entries"]
+__all__ = ["TICKET", "FedMember", "Member", "RemoteMember", "Weights", "batch_norm_entries"]
 
 Weights = dict[str, Tensor]
+TICKET = "ticket"  # an entry in place of weights that a member has left elsewhere, for an aggregator to fetch
 
 
 class FedMember(Protocol):
@@ -110,7 +111,7 @@ class RemoteMember:
         if count is None or count.numel() != 1 or count.is_floating_point() or int(count) < 0:
             raise ValueError(f"{self.name}: expected a count of samples in its answer, got {count}")
         for name, tensor in [*whole.items(), *changes.items()]:
-            if name not in weights or tensor.shape != weights[name].shape:
+            if name != TICKET and (name not in weights or tensor.shape != weights[name].shape):
                 raise ValueError(
                     f"{self.name}: expected entries of the weights that it was given, got {name!r} of shape "
                     f"{tuple(tensor.shape)}; train one model in all members"

@@ -88,7 +88,7 @@ def tiny(monkeypatch, tmp_path):
     catalogue.EXPERIMENTS = {"tiny": Experiment("tiny", "What does noise cost?", Config, tasks)}
     for kind in ("PROTOCOLS", "ATTACKS", "PROTECTIONS", "MECHANISMS"):
         setattr(catalogue, kind, {"some": SimpleNamespace(summary=f"one of the {kind.lower()}")})
-    catalogue.LABEL_ATTACKS = {}
+    catalogue.BUILT_ATTACKS = {}
     catalogue.BENCHES = {"speed": SimpleNamespace(summary="how fast", run=measure)}
     monkeypatch.setitem(sys.modules, "experiments.catalogue", catalogue)
     monkeypatch.delenv("SPLITLEARN_DATA", raising=False)
@@ -117,7 +117,7 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
         ATTACKS,
         BENCHES,
         EXPERIMENTS,
-        LABEL_ATTACKS,
+        BUILT_ATTACKS,
         MECHANISMS,
         PROTECTIONS,
         PROTOCOLS,
@@ -125,7 +125,7 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
     from splitlearn.data import DATASETS
 
     lines = call("list").stdout.splitlines()
-    for kind in (EXPERIMENTS, PROTOCOLS, ATTACKS, LABEL_ATTACKS, PROTECTIONS, MECHANISMS, DATASETS, BENCHES):
+    for kind in (EXPERIMENTS, PROTOCOLS, ATTACKS, BUILT_ATTACKS, PROTECTIONS, MECHANISMS, DATASETS, BENCHES):
         for name, thing in kind.items():
             assert any(line.split() == [name, *thing.summary.split()] for line in lines), name
     for group, names in (("run", EXPERIMENTS), ("bench", BENCHES)):

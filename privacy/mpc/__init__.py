@@ -3,6 +3,7 @@
 from privacy.mpc.aggregation import SecureMean, SecureMember
 from privacy.mpc.compat import load_crypten
 from privacy.mpc.costs import LAN, WAN, Costs, Network
+from privacy.mpc.layers import described as described_layers
 from privacy.mpc.party import SharedStage, SharedTop, StageClient
 from privacy.mpc.protocols import (
     LEARNS,
@@ -28,6 +29,7 @@ __all__ = [
     "SharedStage",
     "SharedTop",
     "StageClient",
+    "described_layers",
     "load_crypten",
     "mpc_2pc",
     "mpc_inference",

@@ -13,13 +13,12 @@ from torch import Tensor
 from privacy.mpc.servers import Servers
 from privacy.mpc.sharing import decoded, encoded, joined, shared
 from splitlearn.federation import mean
-from splitlearn.members import FedMember, Weights
+from splitlearn.members import TICKET, FedMember, Weights
 
 __all__ = ["SecureMean", "SecureMember"]
 
 BITS = 24  # of the fraction: nothing is multiplied here, so that there is room for more
 LIMIT = float(1 << 30)  # of one member's weights times its samples; the ring has room for 256 such
-TICKET = "ticket"
 TICKET_NBYTES = 16
 
 

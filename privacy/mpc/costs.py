@@ -56,6 +56,11 @@ class Costs:
             parties=counted,
         )
 
+    @property
+    def crossed(self) -> int:
+        """Bytes between servers and dealer: those of their sockets, or where nobody knows them CrypTen's count."""
+        return self.nbytes if self.socket_nbytes is None else self.socket_nbytes
+
     def over(self, network: Network) -> float:
         """Return the seconds that this network would add."""
-        return network.seconds(self.rounds, self.nbytes if self.socket_nbytes is None else self.socket_nbytes)
+        return network.seconds(self.rounds, self.crossed)

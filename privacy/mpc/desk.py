@@ -57,14 +57,14 @@ class Stage:
     def _learn_joined(self, tensors: Tensors) -> dict[str, Tensor]:
         own, told = held(tensors), settings_of(need(tensors, Kind.PARAMETERS))
         parts = self._taken(told["sessions"])
-        g, loss = self._learned(self._fitting(torch.cat(list(parts.values()), 1)), own["y"], told)
-        sizes = [part.shape[1] for part in parts.values()]
-        self.owed = {name: share.contiguous() for name, share in zip(parts, fresh(g).split(sizes, 1), strict=True)}
+        g, loss = self._learned(self._fitting(torch.cat(list(parts.values()), -1)), own["y"], told)
+        sizes = [part.shape[-1] for part in parts.values()]
+        self.owed = {name: share.contiguous() for name, share in zip(parts, fresh(g).split(sizes, -1), strict=True)}
         return loss
 
     def _predict_joined(self, tensors: Tensors) -> dict[str, Tensor]:
         parts = self._taken(settings_of(need(tensors, Kind.PARAMETERS))["sessions"])
-        x = self._fitting(torch.cat(list(parts.values()), 1))
+        x = self._fitting(torch.cat(list(parts.values()), -1))
         return {f"{Kind.SHARE}/out": fresh(self._evaluated.forward(x, keep=False))}
 
     def _predict(self, tensors: Tensors) -> dict[str, Tensor]:

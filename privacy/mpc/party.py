@@ -1,6 +1,8 @@
 """The client's side of a stage on shares: a party like any other to every protocol, and a torch layer to any loop."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -59,6 +61,7 @@ class SharedStage:
         if loss_to not in ("client", "nobody"):
             raise Refused(f"expected loss_to to be client or nobody, got {loss_to!r}")
         self.name, self.lr, self.momentum, self.loss_to, self.steps = name, lr, momentum, loss_to, 0
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # what sharing, the servers and revealing took
         self._servers = servers
         self._layers = described(stage)
         self._dtypes = {key: one.dtype for key, one in stage.named_parameters()}
@@ -69,15 +72,20 @@ class SharedStage:
         self._forwarded: tuple[int, bool, Tensor] | None = None  # rows, whether x asks for a gradient, and its like
 
     @property
+    def security(self) -> list[str]:
+        """What has to hold for the shares to protect anything; see ``Servers.security``."""
+        return self._servers.security
+
+    @property
     def meters(self) -> list[Metered]:
         """The wires to both servers."""
         return self._pair.meters
 
     def forward(self, x: Tensor) -> Tensor:
         """Share the activation, and return the output that the servers' shares add up to, as a fresh leaf."""
-        replies = self._pair.ask("forward", None, shared({"x": _activation(x)}))
+        replies = self._asked("forward", None, {"x": lambda: _activation(x)})
         self._forwarded = (len(x), x.requires_grad, x.detach())
-        return _revealed(replies, "out", "outputs", like=x).requires_grad_()
+        return self._revealed(replies, "out", "outputs", like=x).requires_grad_()
 
     def backward(self, g: Tensor) -> Tensor | None:
         """Share the gradient of the output, have the servers step, and return the gradient of the input."""
@@ -86,9 +94,9 @@ class SharedStage:
         rows, wanted, like = self._forwarded
         self._forwarded = None
         told = self._told(rows, wanted=wanted)
-        replies = self._pair.ask("backward", told, shared({"g": encoded(g * rows, "gradients times the batch")}))
+        replies = self._asked("backward", told, {"g": lambda: encoded(g * rows, "gradients times the batch")})
         self.steps += 1
-        return _revealed(replies, "g", "gradients", like=like) / rows if wanted else None
+        return self._revealed(replies, "g", "gradients", like=like) / rows if wanted else None
 
     def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Share activation and labels; return the mean loss (nan if it is revealed to nobody) and the gradient.
@@ -96,9 +104,9 @@ class SharedStage:
         ``y`` int64 [batch] numbers the classes. The loss is cross-entropy, computed on shares.
         """
         told = self._told(len(z), wanted=z.requires_grad) | {"loss": self.loss_to == "client"}
-        replies = self._pair.ask("learn", told, shared({"x": _activation(z), "y": self._one_hot(y)}))
+        replies = self._asked("learn", told, {"x": lambda: _activation(z), "y": lambda: self._one_hot(y)})
         self.steps += 1
-        g = _revealed(replies, "g", "gradients", like=z) / len(z) if z.requires_grad else None
+        g = self._revealed(replies, "g", "gradients", like=z) / len(z) if z.requires_grad else None
         return self._loss(replies, len(z), z), g
 
     def label(self, y: Tensor) -> Tensor:
@@ -107,7 +115,7 @@ class SharedStage:
 
     def predict(self, x: Tensor) -> Tensor:
         """Return the output for ``x``, revealed to this client."""
-        return _revealed(self._pair.ask("predict", None, shared({"x": _activation(x)})), "out", "outputs", like=x)
+        return self._revealed(self._asked("predict", None, {"x": lambda: _activation(x)}), "out", "outputs", like=x)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights, put together from both servers' shares: they are this client's."""
@@ -153,11 +161,28 @@ class SharedStage:
     def predict_joined(self, clients: Sequence["StageClient"]) -> Tensor:
         """Return the output for the activations that these have offered, side by side."""
         told = {"sessions": [client.session for client in clients]}
-        return _revealed(self._pair.ask("predict_joined", told), "out", "outputs", like=torch.zeros(0))
+        return self._revealed(self._pair.ask("predict_joined", told), "out", "outputs", like=torch.zeros(0))
 
     def close(self) -> None:
         """Have the servers forget this stage."""
         self._servers.desk("close", {"session": self.session})
+
+    def _asked(self, verb: str, told: Mapping[str, Any] | None, values: Mapping[str, Callable[[], Tensor]]) -> Replies:
+        clock = [time.perf_counter()]
+        messages = shared({name: value() for name, value in values.items()})
+        clock.append(time.perf_counter())
+        replies = self._pair.ask(verb, told, messages)
+        clock.append(time.perf_counter())
+        self.seconds["share"] += clock[1] - clock[0]
+        self.seconds["servers"] += clock[2] - clock[1]
+        return replies
+
+    def _revealed(self, replies: Replies, name: str, what: str, *, like: Tensor) -> Tensor:
+        begun = time.perf_counter()
+        try:
+            return _revealed(replies, name, what, like=like)
+        finally:
+            self.seconds["reveal"] += time.perf_counter() - begun
 
     def _told(self, rows: int, *, wanted: bool) -> dict[str, Any]:
         if not rows:
@@ -182,7 +207,7 @@ class SharedStage:
     def _loss(self, replies: Replies, rows: int, like: Tensor) -> Tensor:
         if self.loss_to == "nobody":
             return torch.tensor(float("nan"))
-        return _revealed(replies, "loss", "a loss", like=like) / rows
+        return self._revealed(replies, "loss", "a loss", like=like) / rows
 
     def _state(self) -> Iterator[tuple[str, str, Tensor]]:
         for key, ring in joined(self._pair.ask("weights")).items():
@@ -216,7 +241,7 @@ class StageClient:
         return _revealed(self._pair.ask("predict", None, shared({"x": _activation(x)})), "out", "outputs", like=x)
 
     def offer(self, z: Tensor) -> None:
-        """Share an activation [batch, features] for the next joint step."""
+        """Share an activation [batch, …, features] for the next joint step; features are laid side by side."""
         self._pair.ask("offer", None, shared({"x": _activation(z)}))
 
     def collect(self, like: Tensor) -> Tensor:

@@ -103,6 +103,11 @@ class Servers:
         """What has to hold for the shares to protect anything, a line each; it belongs in every record."""
         return [*([FIRST_PARTY] if self.insecure_trust_first_party else []), *SECURITY]
 
+    @property
+    def meters(self) -> list[Metered]:
+        """The wires to both servers themselves: stages opened, and contributions of secure aggregation."""
+        return self._desk.meters
+
     def pair(self, session: str) -> "Pair":
         """Return a session's wires to both servers, metered."""
         return Pair(self, session)
