@@ -43,7 +43,7 @@ class SharedStage:
     - Deviations: of CrypTen's approximations, which ``learn`` takes, exp is (1 + x/256)^256 and log is good to 2 %, so
       that the loss it reveals differs from the plain one by some hundredths, and gradients by about a hundredth;
       ``forward`` and ``backward`` are exact to fixed point. Truncation of a product wraps around, rarely (for values of
-      order 1 once in 10^9): what comes of it is told of as a value out of range, never trained on in silence.
+      order 1 once in 4·10^9): what comes of it is told of as a value out of range, never trained on in silence.
     """
 
     def __init__(
