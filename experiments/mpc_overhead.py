@@ -51,7 +51,7 @@ class Config:
     )
     epochs: int = field(default=5, metadata={"help": "epochs of training"})
     batch_size: int = field(default=32, metadata={"help": "samples in a batch"})
-    lr: float = field(default=0.02, metadata={"help": "learning rate of SGD with momentum 0.9, in every way"})
+    lr: float = field(default=0.05, metadata={"help": "learning rate of SGD with momentum 0.9, in every way"})
     private: int = field(default=0, metadata={"help": "private samples; 0: the data set's usual number"})
 
 

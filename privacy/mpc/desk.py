@@ -29,6 +29,7 @@ class Stage:
     def __init__(self, name: str, evaluated: Evaluated, clock: Clock):
         self.name, self._evaluated, self._clock = name, evaluated, clock
         self._plain = plain_stage(evaluated.layers)
+        self._fits: torch.Size | None = None  # the last shape that did
         self.offered: dict[str, Tensor] = {}  # activations that wait for a joint step, by session
         self.owed: dict[str, Tensor] = {}  # gradients of them
         self.answers: Mapping[str, Answer] = {
@@ -121,10 +122,12 @@ class Stage:
         return taken
 
     def _fitting(self, x: Tensor) -> Tensor:
-        try:
-            self._plain(torch.empty(x.shape, device="meta"))
-        except MISFITS as error:
-            raise ValueError(f"{self.name}: {why_no_output(x.float(), error)}") from error
+        if x.shape != self._fits:
+            try:
+                self._plain(torch.empty(x.shape, device="meta"))
+            except MISFITS as error:
+                raise ValueError(f"{self.name}: {why_no_output(x.float(), error)}") from error
+            self._fits = x.shape
         return x
 
 

@@ -77,7 +77,7 @@ class Servers:
         self._connections: list[Connection] = []
         self._turns = [threading.Lock() for _ in ROLES]
         self._both = threading.Lock()  # both servers get requests in the same order
-        self._pool = ThreadPoolExecutor(SERVERS)
+        self._pool = ThreadPoolExecutor(1)
         self._numbers = 0
         self._why_closed = ""
         try:
@@ -179,20 +179,20 @@ class Servers:
         """Return the answers of both servers, asked at once; what ends one of them ends all."""
         self._check_open()
         with self._both:
-            futures = [self._pool.submit(call) for call in calls]
+            other = self._pool.submit(calls[1])
             try:
-                wait_for = [future.exception() for future in futures]
+                answers, errors = zip(_tried(calls[0]), _tried(other.result), strict=True)
             except BaseException:  # Ctrl-C: an answer that is still to come would be taken for the next one's
                 self._why_closed = "the run was interrupted while they worked"
                 self.close()
                 raise
-        for error in wait_for:
+        for error in errors:
             if isinstance(error, (ConnectionError, TimeoutError)):
                 raise self._ended(error) from error
-        for error in wait_for:
+        for error in errors:
             if error is not None:
                 raise error
-        return futures[0].result(), futures[1].result()
+        return answers
 
     def carry(self, rank: int, frame: bytes) -> bytes:
         """Send a frame to one party and return its answer."""
@@ -298,6 +298,13 @@ class Pair:
 class _Nowhere:
     def request(self, message: Message) -> Message:
         raise LookupError("expected nothing to be asked of a memory")
+
+
+def _tried(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return call(), None
+    except Exception as error:
+        return None, error
 
 
 def _exchanges(found: Mapping[str, Tensor]) -> list[Exchange]:
