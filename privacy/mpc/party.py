@@ -62,6 +62,7 @@ class SharedStage:
             raise Refused(f"expected loss_to to be client or nobody, got {loss_to!r}")
         self.name, self.lr, self.momentum, self.loss_to, self.steps = name, lr, momentum, loss_to, 0
         self.seconds: defaultdict[str, float] = defaultdict(float)  # what sharing, the servers and revealing took
+        self.turn = 0  # how many batches have gone forward
         self._servers = servers
         self._layers = described(stage)
         self._dtypes = {key: one.dtype for key, one in stage.named_parameters()}
@@ -85,6 +86,7 @@ class SharedStage:
         """Share the activation, and return the output that the servers' shares add up to, as a fresh leaf."""
         replies = self._asked("forward", None, {"x": lambda: _activation(x)})
         self._forwarded = (len(x), x.requires_grad, x.detach())
+        self.turn += 1
         return self._revealed(replies, "out", "outputs", like=x).requires_grad_()
 
     def backward(self, g: Tensor) -> Tensor | None:
@@ -194,7 +196,7 @@ class SharedStage:
         if y.is_floating_point() or y.ndim != 1 or not bool(((y >= 0) & (y < outputs)).all()):
             raise ValueError(
                 f"{self.name}: expected labels from 0 to {outputs - 1}, int64 [batch], got {y.dtype} of shape "
-                f"{tuple(y.shape)}"
+                f"{tuple(y.shape)}{f', {y.min().item():g} to {y.max().item():g}' if y.numel() else ''}"
             )
         return encoded(nn.functional.one_hot(y, outputs).double(), "labels")
 
@@ -275,11 +277,17 @@ class SharedTop(nn.Module):
 class _Through(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, stage: SharedStage, anchor: Tensor) -> Tensor:
-        ctx.stage = stage
-        return stage.forward(x.detach().requires_grad_(ctx.needs_input_grad[0])).detach()
+        out = stage.forward(x.detach().requires_grad_(ctx.needs_input_grad[0])).detach()
+        ctx.stage, ctx.turn = stage, stage.turn
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        if ctx.stage.turn != ctx.turn:
+            raise Refused(
+                "expected the gradient of the last batch that went forward, got that of one before: the servers keep one "
+                "open step; call backward() before the next batch"
+            )
         return ctx.stage.backward(gradients[0]), None, None
 
 
