@@ -73,7 +73,7 @@ class Stage:
 
     def _weights(self, _: Tensors) -> dict[str, Tensor]:
         """Answer whoever opened this stage: its weights, and what momentum they have, are his."""
-        own = {f"weights/{name}": fresh(tensor) for name, tensor in self._evaluated.weights.items()}
+        own = {f"weights/{name}": fresh(of_share(share)) for name, share in self._evaluated.masters.items()}
         moving = {f"momentum/{n}": fresh(of_share(share)) for n, share in self._evaluated.momentum.items()}
         return keyed({**own, **moving}, Kind.SHARE)
 
@@ -81,7 +81,7 @@ class Stage:
         own = held(tensors)
         weights = {name.partition("/")[2]: share for name, share in own.items() if name.startswith("weights/")}
         _check_weights(self._evaluated.layers, weights)
-        self._evaluated.weights = {name: of_share(share) for name, share in weights.items()}
+        self._evaluated.load(weights)
         self._evaluated.momentum = {n.partition("/")[2]: s for n, s in own.items() if n.startswith("momentum/")}
         self._evaluated.abandon()
         return {}

@@ -8,14 +8,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import floor, log2
+from math import ceil, log2
 from typing import Any
 
 from torch import Tensor
 
 from privacy.mpc.layers import Layer
 from privacy.mpc.seat import crypten
-from privacy.mpc.sharing import BITS
+from privacy.mpc.sharing import BITS, WEIGHT_BITS
 
 __all__ = ["OPERATIONS", "Clock", "Evaluated", "fresh", "of_share"]
 
@@ -43,11 +43,15 @@ class Clock:
 
 
 class Evaluated:
-    """This server's half of a stage: shares of its weights, and of what a gradient needs to come back."""
+    """This server's half of a stage: shares of its weights, and of what a gradient needs to come back.
 
-    def __init__(self, layers: Sequence[Layer], weights: Mapping[str, Tensor], clock: Clock):
+    ``masters`` are the weights with 32 bits of fraction, in which steps add up; products take them cut to 16, or the
+    many small steps of a training would be lost.
+    """
+
+    def __init__(self, layers: Sequence[Layer], masters: Mapping[str, Tensor], clock: Clock):
         self.layers = list(layers)
-        self.weights = {name: of_share(share) for name, share in weights.items()}
+        self.load(masters)
         self.momentum: dict[str, Tensor] = {}
         self._clock = clock
         self._kept: list[tuple[Layer, Any, Any]] | None = None
@@ -56,6 +60,11 @@ class Evaluated:
     def open(self) -> bool:
         """Whether a step has gone forward and not come back."""
         return self._kept is not None
+
+    def load(self, masters: Mapping[str, Tensor]) -> None:
+        """Take over shares of weights."""
+        self.masters = dict(masters)
+        self.weights = {name: _cut(share) for name, share in self.masters.items()}
 
     def abandon(self) -> None:
         """Give up the open step."""
@@ -98,9 +107,10 @@ class Evaluated:
                 change = weight.grad.share
                 if momentum:
                     before = self.momentum.get(name)
-                    change = change if before is None else scaled(before, momentum) + change
+                    change = change if before is None else scaled(before, momentum, BITS) + change
                     self.momentum[name] = change
-                self.weights[name] = of_share(weight.share - scaled(change, rate))
+                self.masters[name] = self.masters[name] - scaled(change, rate, WEIGHT_BITS)
+                self.weights[name] = _cut(self.masters[name])
 
     def _of(self, layer: Layer) -> dict[str, Any]:
         return {name: one for name, one in self.weights.items() if name.rpartition(".")[0] == layer.name}
@@ -117,10 +127,16 @@ def fresh(tensor: Any) -> Tensor:
     return tensor.share + zero.share
 
 
-def scaled(share: Tensor, factor: float) -> Tensor:
-    """Return the share of a public multiple, to 16 significant bits of the factor however small that is."""
-    bits = BITS - min(0, floor(log2(factor))) if factor > 0 else BITS
-    return (share * round(factor * (1 << bits))).div(1 << bits, rounding_mode="trunc")
+def scaled(share: Tensor, factor: float, bits: int) -> Tensor:
+    """Return the share of a public multiple with so many bits of fraction; 16 bits of the factor count at least."""
+    extra = max(0, ceil(-log2(factor))) if factor > 0 else 0
+    product = share * round(factor * (1 << (BITS + extra)))
+    return product.div(1 << (2 * BITS + extra - bits), rounding_mode="trunc")
+
+
+def _cut(master: Tensor) -> Any:
+    """Return a weight as products take it."""
+    return of_share(master.div(1 << (WEIGHT_BITS - BITS), rounding_mode="trunc"))
 
 
 def _linear(x: Any, own: Mapping[str, Any], _: Mapping[str, Any]) -> Any:

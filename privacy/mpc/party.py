@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from privacy.mpc.layers import described
 from privacy.mpc.servers import Servers
-from privacy.mpc.sharing import decoded, encoded, joined, shared
+from privacy.mpc.sharing import BITS, WEIGHT_BITS, decoded, encoded, joined, shared
 from splitlearn.misfit import Refused
 from splitlearn.wire import Metered
 
@@ -37,9 +37,9 @@ class SharedStage:
     - Protects: activations, labels, gradients and weights from each server and from the dealer.
     - Does not protect: what the client is told (above) from the client; what an output tells of the weights; see
       ``Servers`` for what must hold.
-    - Values are in fixed point with 16 bits of fraction: what is shared must lie within ±8192, and what is revealed
-      within ±2^20, or the step ends with an error. Gradients are shared as sums over the batch, not as means, so that
-      they have as many digits as activations.
+    - Values are in fixed point with 16 bits of fraction (weights with 32 between steps): what is shared must lie within
+      ±8192, and what is revealed within ±2^20, or the step ends with an error. Gradients are shared as sums over the
+      batch, not as means, so that they have as many digits as activations.
     - Deviations: of CrypTen's approximations, which ``learn`` takes, exp is (1 + x/256)^256 and log is good to 2 %, so
       that the loss it reveals differs from the plain one by some hundredths, and gradients by about a hundredth;
       ``forward`` and ``backward`` are exact to fixed point. Truncation of a product wraps around, rarely (for values of
@@ -214,10 +214,11 @@ class SharedStage:
     def _state(self) -> Iterator[tuple[str, str, Tensor]]:
         for key, ring in joined(self._pair.ask("weights")).items():
             kind, _, name = key.partition("/")
-            yield kind, name, decoded(ring, f"weights of {name}").to(self._dtypes[name])
+            bits = WEIGHT_BITS if kind == "weights" else BITS
+            yield kind, name, decoded(ring, f"weights of {name}", bits=bits).to(self._dtypes[name])
 
     def _load(self, weights: Mapping[str, Tensor], momentum: Mapping[str, Tensor]) -> None:
-        own = _encoded_weights(weights, "weights/") | _encoded_weights(momentum, "momentum/")
+        own = _encoded_weights(weights, "weights/") | _encoded_weights(momentum, "momentum/", bits=BITS)
         self._pair.ask("load_weights", None, shared(own))
         self._forwarded = None
 
@@ -285,7 +286,7 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
         if ctx.stage.turn != ctx.turn:
             raise Refused(
-                "expected the gradient of the last batch that went forward, got that of one before: the servers keep one "
+                "expected the gradient of the last batch that went forward, got that of one before: servers keep one "
                 "open step; call backward() before the next batch"
             )
         return ctx.stage.backward(gradients[0]), None, None
@@ -301,5 +302,5 @@ def _revealed(replies: Replies, name: str, what: str, *, like: Tensor) -> Tensor
     return decoded(joined(replies)[name], what).to(like.device, like.dtype)
 
 
-def _encoded_weights(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    return {f"{prefix}{name}": encoded(one, f"weights of {name}") for name, one in weights.items()}
+def _encoded_weights(weights: Mapping[str, Tensor], prefix: str = "", *, bits: int = WEIGHT_BITS) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": encoded(one, f"weights of {name}", bits=bits) for name, one in weights.items()}

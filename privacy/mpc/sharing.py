@@ -14,10 +14,13 @@ from splitlearn.frames import Kind
 from splitlearn.misfit import Refused
 from splitlearn.service import keyed, named
 
-__all__ = ["BITS", "LIMIT", "REVEALED_LIMIT", "SERVERS", "decoded", "encoded", "held", "joined", "shared"]
+__all__ = [
+    "BITS", "LIMIT", "REVEALED_LIMIT", "SERVERS", "WEIGHT_BITS", "decoded", "encoded", "held", "joined", "shared",
+]  # fmt: skip
 
 SERVERS = 2  # CrypTen's protocols are exact and well tried with two parties alone
 BITS = 16  # of the fraction; a product holds twice as many until it is cut back
+WEIGHT_BITS = 32  # of the fraction of weights, in which small steps add up
 LIMIT = float(1 << 13)  # of what is shared: a product of two still has a factor of 16 left of the ring
 REVEALED_LIMIT = float(1 << 20)  # past it a revealed value is no result but a wrapped one
 MOST_ELEMENTS = 1 << 27
