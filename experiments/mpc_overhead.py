@@ -49,7 +49,7 @@ class Config:
     cut: str = field(
         default="default", metadata={"help": "last layer below the cut; default: flatten, or below the last weights"}
     )
-    epochs: int = field(default=5, metadata={"help": "epochs of training"})
+    epochs: int = field(default=8, metadata={"help": "epochs of training"})
     batch_size: int = field(default=32, metadata={"help": "samples in a batch"})
     lr: float = field(default=0.05, metadata={"help": "learning rate of SGD with momentum 0.9, in every way"})
     private: int = field(default=0, metadata={"help": "private samples; 0: the data set's usual number"})
