@@ -320,7 +320,15 @@ def _expect_name(ctx: typer.Context, what: str) -> None:
 
 
 def _show_files(folder: Path) -> None:
-    for name in ("report.html", "privacy.png", "encryption.png", "tradeoff.png", "reconstructions.png", "results.csv"):
+    for name in (
+        "report.html",
+        "privacy.png",
+        "encryption.png",
+        "shares.png",
+        "tradeoff.png",
+        "reconstructions.png",
+        "results.csv",
+    ):
         if (folder / name).exists():
             typer.echo(f"  {folder / name}")
 

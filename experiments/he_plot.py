@@ -14,7 +14,7 @@ from experiments.plots import NEUTRAL, literal, reach, spread_note, written
 from experiments.record import Record
 from experiments.summary import Point, Spread, summarise
 
-__all__ = ["he_costs"]
+__all__ = ["CLEAR", "LEAKY", "SEALED", "bars", "he_costs", "megabytes"]
 
 Figured = Callable[[Point], Spread | None]
 CLEAR, LEAKY, SEALED = NEUTRAL, "#D55E00", "#0072B2"  # in the clear, leaking, nothing to read
@@ -36,7 +36,7 @@ def he_costs(records: Sequence[Record], path: Path) -> Path | None:
     panels: list[tuple[str, Figured, bool]] = [
         ("accuracy", lambda point: point.utility("accuracy"), False),
         ("seconds an epoch", lambda point: point.seconds("epoch"), True),
-        ("megabytes an epoch, both ways", _megabytes, True),
+        ("megabytes an epoch, both ways", megabytes, True),
     ]
     rows = len(settings) * (2 if noised else 1)
     heights = ([0.34 * longest + 1.0, 3.0] if noised else [0.34 * longest + 1.0]) * len(settings)
@@ -48,7 +48,7 @@ def he_costs(records: Sequence[Record], path: Path) -> Path | None:
         first = number * (2 if noised else 1)
         for column, (title, read, logarithmic) in enumerate(panels):
             axes = figure.add_subplot(grid[first, column])
-            _bars(axes, members, read, logarithmic, named=column == 0)
+            bars(axes, members, read, logarithmic, named=column == 0, name=_name, colour=_colour, hatched=_unnoised)
             axes.set_xlabel(title)
             if column == 1:
                 axes.set_title(literal(setting.title), fontsize=10.5)
@@ -64,7 +64,17 @@ def he_costs(records: Sequence[Record], path: Path) -> Path | None:
     return written(figure, path)
 
 
-def _bars(axes: Axes, members: Sequence[Point], read: Figured, logarithmic: bool, *, named: bool) -> None:
+def bars(
+    axes: Axes,
+    members: Sequence[Point],
+    read: Figured,
+    logarithmic: bool,
+    *,
+    named: bool,
+    name: Callable[[Point], str],
+    colour: Callable[[Point], str],
+    hatched: Callable[[Point], bool] = lambda point: False,
+) -> None:
     """Draw a bar a configuration, from its lowest to its highest seed, and write its mean."""
     found = [read(point) for point in members]
     if logarithmic:
@@ -78,16 +88,15 @@ def _bars(axes: Axes, members: Sequence[Point], read: Figured, logarithmic: bool
                       fontsize=8, color=NEUTRAL)  # fmt: skip
             continue
         below, above = reach([spread])
-        hatch = "//" if point.protection == "he_u_dp" and not _noised(point) else None
         axes.barh(
-            place, spread.mean - low, left=low, height=0.62, color=_colour(point), alpha=0.85, hatch=hatch,
-            edgecolor="white",
+            place, spread.mean - low, left=low, height=0.62, color=colour(point), alpha=0.85,
+            hatch="//" if hatched(point) else None, edgecolor="white",
         )  # fmt: skip
         axes.errorbar(spread.mean, place, xerr=[below, above], color="black", linewidth=1, capsize=2)
         axes.text(spread.high * 1.06 if logarithmic else spread.high + 0.015, place, f"{spread.mean:.3g}",
                   va="center", fontsize=8)  # fmt: skip
     axes.set_xlim(low, high)
-    axes.set_yticks(range(len(members)), [literal(_name(point)) for point in members] if named else [])
+    axes.set_yticks(range(len(members)), [literal(name(point)) for point in members] if named else [])
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#E6E6E6", linewidth=0.7)
@@ -125,12 +134,12 @@ def _name(point: Point) -> str:
 
 def _colour(point: Point) -> str:
     leaked = point.leakage("label")
-    if point.protection in ("none", "plain_dp") or (point.protection == "he_u_dp" and not _noised(point)):
+    if point.protection in ("none", "plain_dp") or _unnoised(point):
         return CLEAR
     return LEAKY if leaked is not None and leaked.mean > LEAKS else SEALED
 
 
-def _megabytes(point: Point) -> Spread | None:
+def megabytes(point: Point) -> Spread | None:
     """Return the bytes of an epoch; None for a way that trains in the clear and answers encrypted."""
     if point.seconds("epoch") is None:
         return None
@@ -138,6 +147,10 @@ def _megabytes(point: Point) -> Spread | None:
         sum(sum(kinds.values()) for kinds in record.nbytes.values()) / record.config["training"]["epochs"] / 1e6
         for record in point.records
     )
+
+
+def _unnoised(point: Point) -> bool:
+    return point.protection == "he_u_dp" and not _noised(point)
 
 
 def _noised(point: Point) -> bool:

@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from experiments.figures import number, spread
 from experiments.gallery import Row, gallery, strip
 from experiments.he_plot import he_costs
 from experiments.interactive import interactive_tradeoff
+from experiments.mpc_plot import mpc_costs
 from experiments.plots import leakage_note, reconstructions, spread_note, tradeoff
 from experiments.privacy_plot import privacy
 from experiments.progress import counted
@@ -60,7 +61,7 @@ def build(root: Path) -> Path:
     """Write ``results.csv``, the pictures and ``report.html``; return its path.
 
     The pictures are ``tradeoff.png``, ``reconstructions.png``, where an ε is claimed ``privacy.png``, and of
-    ``he_overhead`` ``encryption.png``.
+    ``he_overhead`` ``encryption.png``, of ``mpc_overhead`` ``shares.png``.
 
     A picture that the records have no figures for is left out, and removed if an earlier report left it. A corrupt
     record is told of in the report; ``ValueError`` where there is none at all that can be read.
@@ -75,14 +76,15 @@ def build(root: Path) -> Path:
     store.write_results(records)
     tradeoff(records, root / "tradeoff.png")
     reconstructions(records, store, root / "reconstructions.png")
-    picture = privacy(records, root / "privacy.png")
-    costs = he_costs(records, root / "encryption.png")
-    return write_atomically(root / "report.html", _page(records, problems, store, picture, costs).encode())
+    drawn = {
+        "privacy": privacy(records, root / "privacy.png"),
+        "encryption": he_costs(records, root / "encryption.png"),
+        "shares": mpc_costs(records, root / "shares.png"),
+    }
+    return write_atomically(root / "report.html", _page(records, problems, store, drawn).encode())
 
 
-def _page(
-    records: Sequence[Record], problems: Sequence[str], store: Store, privacy_picture: Path | None, costs: Path | None
-) -> str:
+def _page(records: Sequence[Record], problems: Sequence[str], store: Store, drawn: Mapping[str, Path | None]) -> str:
     points = summarise(records)
     failed = [record for record in records if record.status == "failed"]
     plot = interactive_tradeoff(records)
@@ -104,8 +106,7 @@ def _page(
         problems=problems,
         plot=Markup(plot) if plot is not None else None,  # plotly escapes what it embeds
         plot_note=f"{leakage_note(points)} {spread_note(max((len(point.seeds) for point in points), default=0))}",
-        privacy=None if privacy_picture is None else _embedded(privacy_picture.read_bytes()),
-        encryption=None if costs is None else _embedded(costs.read_bytes()),
+        **{name: None if path is None else _embedded(path.read_bytes()) for name, path in drawn.items()},
         accounts=accounts_table(points),
         pictures=[_picture(row) for row in gallery(records, store)],
         results=results_tables(points),
