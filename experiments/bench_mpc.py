@@ -78,6 +78,7 @@ def _epoch(servers: Servers, samples: int, *, shaped: bool) -> float:
     top = nn.Sequential(nn.Linear(CUT, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, OUTPUTS))
     stage = SharedStage(servers, top, lr=0.05, momentum=0.9)
     z, y = torch.rand(samples, CUT, requires_grad=True), torch.randint(0, OUTPUTS, (samples,))
+    stage.predict(z[:1])  # the first answer waits seconds for what is set up on demand
     begun = time.perf_counter()
     for rows in torch.arange(samples).split(EPOCH_BATCH):
         own = z[rows].detach().requires_grad_()

@@ -1,7 +1,6 @@
 """The picture of he_overhead: accuracy, seconds and bytes an epoch of each way to train, and what the noise costs."""
 
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 
@@ -10,15 +9,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from experiments.plots import NEUTRAL, literal, reach, spread_note, written
+from experiments.cost_bars import (
+    CLEAR,
+    SEALED,
+    Figured,
+    bars,
+    by_setting,
+    leaky_or_sealed,
+    logarithmic,
+    megabytes,
+    noted,
+)
+from experiments.plots import NEUTRAL, literal, reach, written
 from experiments.record import Record
-from experiments.summary import Point, Spread, summarise
+from experiments.summary import Point
 
-__all__ = ["CLEAR", "LEAKY", "SEALED", "bars", "he_costs", "megabytes"]
-
-Figured = Callable[[Point], Spread | None]
-CLEAR, LEAKY, SEALED = NEUTRAL, "#D55E00", "#0072B2"  # in the clear, leaking, nothing to read
-LEAKS = 0.1  # of labels, from which on a way is drawn as leaking
+__all__ = ["he_costs"]
 
 
 def he_costs(records: Sequence[Record], path: Path) -> Path | None:
@@ -26,12 +32,12 @@ def he_costs(records: Sequence[Record], path: Path) -> Path | None:
 
     A column of panels a data set and cut. None, and the file removed, where no trial is of ``he_overhead``.
     """
-    points = [point for point in summarise(records) if point.records[0].experiment == "he_overhead"]
-    if not points:
+    settings = by_setting(records, "he_overhead")
+    if not settings:
         path.unlink(missing_ok=True)
         return None
-    settings = list(dict.fromkeys(point.setting for point in points))
-    longest = max(sum(point.setting == setting for point in points) for setting in settings)
+    points = [point for members in settings.values() for point in members]
+    longest = max(map(len, settings.values()))
     noised = any(_noised(point) for point in points)
     panels: list[tuple[str, Figured, bool]] = [
         ("accuracy", lambda point: point.utility("accuracy"), False),
@@ -43,12 +49,11 @@ def he_costs(records: Sequence[Record], path: Path) -> Path | None:
     figure = Figure(figsize=(13.5, sum(heights) + 1.6), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(rows, len(panels), height_ratios=heights)
-    for number, setting in enumerate(settings):
-        members = [point for point in points if point.setting == setting]
+    for number, (setting, members) in enumerate(settings.items()):
         first = number * (2 if noised else 1)
-        for column, (title, read, logarithmic) in enumerate(panels):
+        for column, (title, read, log) in enumerate(panels):
             axes = figure.add_subplot(grid[first, column])
-            bars(axes, members, read, logarithmic, named=column == 0, name=_name, colour=_colour, hatched=_unnoised)
+            bars(axes, members, read, log=log, named=column == 0, colour=_colour, hatched=_unnoised)
             axes.set_xlabel(title)
             if column == 1:
                 axes.set_title(literal(setting.title), fontsize=10.5)
@@ -57,50 +62,10 @@ def he_costs(records: Sequence[Record], path: Path) -> Path | None:
     figure.suptitle("What encryption on the cut costs", fontsize=14, fontweight="bold")
     note = (
         "Grey: in the clear. Orange: the server reads labels. Blue: nothing but ciphertexts and noised steps crosses. "
-        "Hatched: noise off, for comparison: its true steps cross. "
-        + spread_note(max(len(point.seeds) for point in points))
+        "Hatched: noise off, for comparison: its true steps cross."
     )
-    figure.supxlabel("\n".join(textwrap.wrap(note, width=150)), fontsize=8.5, color=NEUTRAL)
+    noted(figure, note, points)
     return written(figure, path)
-
-
-def bars(
-    axes: Axes,
-    members: Sequence[Point],
-    read: Figured,
-    logarithmic: bool,
-    *,
-    named: bool,
-    name: Callable[[Point], str],
-    colour: Callable[[Point], str],
-    hatched: Callable[[Point], bool] = lambda point: False,
-) -> None:
-    """Draw a bar a configuration, from its lowest to its highest seed, and write its mean."""
-    found = [read(point) for point in members]
-    if logarithmic:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    some = [one.mean for one in found if one is not None and one.mean > 0]
-    low, high = (min(some, default=1.0) / 3, max(some, default=1.0) * 4) if logarithmic else (0.0, 1.15)
-    for place, (point, spread) in enumerate(zip(members, found, strict=True)):
-        if spread is None or (logarithmic and spread.mean <= 0):
-            axes.text(low * 1.1 if logarithmic else 0.01, place, "nothing crosses" if spread else "—", va="center",
-                      fontsize=8, color=NEUTRAL)  # fmt: skip
-            continue
-        below, above = reach([spread])
-        axes.barh(
-            place, spread.mean - low, left=low, height=0.62, color=colour(point), alpha=0.85,
-            hatch="//" if hatched(point) else None, edgecolor="white",
-        )  # fmt: skip
-        axes.errorbar(spread.mean, place, xerr=[below, above], color="black", linewidth=1, capsize=2)
-        axes.text(spread.high * 1.06 if logarithmic else spread.high + 0.015, place, f"{spread.mean:.3g}",
-                  va="center", fontsize=8)  # fmt: skip
-    axes.set_xlim(low, high)
-    axes.set_yticks(range(len(members)), [literal(name(point)) for point in members] if named else [])
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color="#E6E6E6", linewidth=0.7)
-    axes.set_axisbelow(True)
 
 
 def _noise(axes: Axes, members: Sequence[Point]) -> None:
@@ -116,8 +81,7 @@ def _noise(axes: Axes, members: Sequence[Point]) -> None:
         bare = point.utility("accuracy")
         if point.protection == "none" and bare is not None:
             axes.axhline(bare.mean, color=NEUTRAL, linewidth=1.2, linestyle=(0, (1, 2)), label="no noise, in the clear")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    logarithmic(axes)
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     axes.set_xticks(sorted({_epsilon(point) for point in members if _noised(point)}))
     axes.set_xlabel("ε of the noised step, add or remove one sample")
@@ -128,25 +92,10 @@ def _noise(axes: Axes, members: Sequence[Point]) -> None:
     axes.legend(frameon=False, loc="center left")
 
 
-def _name(point: Point) -> str:
-    return f"{'plain' if point.protection == 'none' else point.protection} {point.strength}".strip()
-
-
 def _colour(point: Point) -> str:
-    leaked = point.leakage("label")
     if point.protection in ("none", "plain_dp") or _unnoised(point):
         return CLEAR
-    return LEAKY if leaked is not None and leaked.mean > LEAKS else SEALED
-
-
-def megabytes(point: Point) -> Spread | None:
-    """Return the bytes of an epoch; None for a way that trains in the clear and answers encrypted."""
-    if point.seconds("epoch") is None:
-        return None
-    return Spread.of(
-        sum(sum(kinds.values()) for kinds in record.nbytes.values()) / record.config["training"]["epochs"] / 1e6
-        for record in point.records
-    )
+    return leaky_or_sealed(point, "label")
 
 
 def _unnoised(point: Point) -> bool:

@@ -24,7 +24,7 @@ from privacy.mpc import LAN, WAN, Costs, Servers, described_layers
 from splitlearn.cut import cut, layer_names
 from splitlearn.data import DATASETS, Splits
 from splitlearn.threat import Threat, View, observe
-from splitlearn.train import epochs_of, evaluate, fit
+from splitlearn.train import epochs_of, evaluate, fit, predict
 
 __all__ = ["MPC_OVERHEAD", "PROVIDERS", "Config"]
 
@@ -136,7 +136,8 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     with trial.servers() as servers:
         run = way.ready(Setup(splits, trial.training), servers)
         if servers is not None:
-            servers.count_anew()
+            predict(run.chain, splits.test.x[:1])  # the first answer waits seconds for what is set up on demand
+            _count_anew(run, servers)
         one, lasted = epochs_of(run.step, run.batches), []
 
         def epoch() -> float:
@@ -148,15 +149,12 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         losses = fit(epoch, epochs=epochs).losses
         notes = [f"loss of the last epoch: {losses[-1]:.4f}", f"losses: {', '.join(f'{loss:.4f}' for loss in losses)}"]
         bill = _bill(run, servers, statistics.median(lasted), epochs) if way.trains else None
-        for meter in run.meters:
-            meter.clear()
-        if servers is not None:
-            servers.count_anew()
+        _count_anew(run, servers)
         begun = time.perf_counter()
         utility = evaluate(run.chain, splits.test.x, splits.test.y)
         tested = time.perf_counter() - begun
         if bill is None:
-            bill = _bill(run, servers, tested, 1)
+            bill = _bill(run, servers, tested, 1, of=f"{len(splits.test)} predictions")
             notes.append(f"bytes, rounds and seconds are those of {len(splits.test)} predictions")
             bill["seconds"] = {f"test_{n}" if n in ("lan", "wan") else n: s for n, s in bill["seconds"].items()}
             bill["seconds"].pop("epoch")
@@ -169,7 +167,16 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     )  # fmt: skip
 
 
-def _bill(run: Run, servers: Servers | None, epoch: float, epochs: int) -> dict[str, Any]:
+def _count_anew(run: Run, servers: Servers | None) -> None:
+    for meter in run.meters:
+        meter.clear()
+    if run.stage is not None:
+        run.stage.seconds.clear()
+    if servers is not None:
+        servers.count_anew()
+
+
+def _bill(run: Run, servers: Servers | None, epoch: float, epochs: int, *, of: str = "an epoch") -> dict[str, Any]:
     """Return bytes in all, and seconds an epoch: measured, by operation, and on modelled networks."""
     nbytes, frames = counted(run.meters), max(meter.frames for meter in run.meters) / epochs
     crossed = sum(meter.total_nbytes for meter in run.meters) / epochs
@@ -182,7 +189,7 @@ def _bill(run: Run, servers: Servers | None, epoch: float, epochs: int) -> dict[
         seconds |= {f"servers_{name}": spent / epochs for name, spent in costs.seconds.items()}
         notes.append(
             f"{rounds:.0f} rounds between the servers and {between / 1e6:.1f} MB ({costs.nbytes / epochs / 1e6:.1f} by "
-            f"CrypTen's count), an epoch"
+            f"CrypTen's count), of {of}"
         )
     if run.stage is not None:
         seconds |= {f"client_{name}": spent / epochs for name, spent in run.stage.seconds.items()}

@@ -25,7 +25,7 @@ __all__ = [
     "train_mpc_vertical", "train_splitfed_v2_secure",
 ]  # fmt: skip
 
-MOMENTUM = 0.9  # as optimizer_for has it for SGD, the one optimizer that shares are trained by
+MOMENTUM = 0.9  # as optimizer_for has it for SGD, the one optimizer that shares are trained by: see Training
 
 
 @dataclass
@@ -151,8 +151,6 @@ def train_mpc_vertical(training: Training, splits: Splits, shield: Shield) -> Tr
 
 def train_splitfed_v2_secure(training: Training, splits: Splits, shield: Shield) -> Trained:
     """SplitFed V2 whose fed server learns the mean of the bottoms alone: they are added up on shares by two servers."""
-    if training.clients < 2:
-        raise ValueError(f"expected at least two clients, whose sum tells of none, got {training.clients}; --clients 3")
     with Servers() as servers:
         trained = train_splitfed_v2(training, splits, shield, servers=servers)
         visible = {"fed server": LEARNS["secure_mean"]["fed server"], SERVER: LABELLED, CLIENT: NOTHING}
@@ -201,11 +199,6 @@ def _client(setup: Setup, bottom: nn.Module) -> Learner:
 
 
 def _shared(training: Training, servers: Servers | None, top: nn.Module) -> SharedStage:
-    if training.optimizer != "sgd":
-        raise ValueError(
-            f"expected --optimizer sgd, by which shares are trained (with momentum {MOMENTUM}), got "
-            f"{training.optimizer}"
-        )
     assert servers is not None
     return SharedStage(servers, top, lr=training.lr, momentum=MOMENTUM)
 

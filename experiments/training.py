@@ -36,6 +36,7 @@ __all__ = [
 ONE_CLIENT = (
     "u_shaped", "he_u_dp", "he_encw", "he_inference", "split_ways", "mpc_2pc", "mpc_u_shaped", "mpc_inference",
 )  # fmt: skip
+BY_SGD = ("mpc_2pc", "mpc_u_shaped", "mpc_vertical")  # whose weights two servers train in shares
 USUAL_CUTS = ("relu2", "block2", "pool2", "relu1")  # after the second block, where there is one
 
 
@@ -65,6 +66,16 @@ class Training:
             raise ValueError(f"expected --lr greater than 0, got {self.lr}")
         if self.protocol in ONE_CLIENT and self.clients != 1:
             raise ValueError(f"protocol {self.protocol} has one client here, got {self.clients}; use --clients 1")
+        if self.protocol == "splitfed_v2_secure" and self.clients < 2:
+            raise ValueError(
+                f"expected at least two clients under {self.protocol}, whose sum tells of none, got {self.clients}; "
+                "use --clients 3"
+            )
+        if self.protocol in BY_SGD and self.optimizer != "sgd":
+            raise ValueError(
+                f"protocol {self.protocol} trains shares by SGD with momentum 0.9, got {self.optimizer}; use "
+                "--optimizer sgd"
+            )
 
     def described(self) -> dict[str, Any]:
         """Return it as a trial's configuration has it: the seed apart, so that trials that differ by it are seen to."""

@@ -116,8 +116,8 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
     from experiments.catalogue import (
         ATTACKS,
         BENCHES,
-        EXPERIMENTS,
         BUILT_ATTACKS,
+        EXPERIMENTS,
         MECHANISMS,
         PROTECTIONS,
         PROTOCOLS,

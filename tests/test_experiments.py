@@ -61,13 +61,21 @@ def test_every_protection_at_every_strength_becomes_a_task() -> None:
 @pytest.mark.usefixtures("quick_decoder")
 @pytest.mark.filterwarnings("ignore:.*LEAKY")
 @pytest.mark.parametrize(
-    "protocol",  # planning noise by privacy loss distributions takes seconds
-    [pytest.param(name, marks=pytest.mark.slow if name == "he_u_dp" else ()) for name in PROTOCOLS],
+    "protocol",  # planning noise by privacy loss distributions takes seconds, and so do losses on shares
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("he_u_dp", "mpc_2pc", "mpc_vertical") else ())
+        for name in PROTOCOLS
+    ],
 )
 def test_every_protocol_trains_and_is_attacked(protocol: str) -> None:
     clients = 1 if protocol in ("unsplit", *ONE_CLIENT) else 2
     encrypted = protocol.startswith("he_") or protocol == "split_ways"
-    change = {"cuts": ("relu4",)} if encrypted else {}
+    shared = protocol.startswith("mpc_")
+    change: dict[str, Any] = {"cuts": ("relu4",)} if encrypted or shared else {}
+    if shared:
+        change |= {"optimizer": "sgd", "lr": 0.05, "private": 64}
+    if protocol == "mpc_vertical":
+        change |= {"cuts": ("flatten",)}  # below which narrower images go through as they are
     (task,) = tradeoff.tasks(replace(TOY, protocols=(protocol,), clients=clients, **change), ONCE)
     outcome = task.call()
     assert 0 <= outcome.utility["accuracy"] <= 1
@@ -75,6 +83,9 @@ def test_every_protocol_trains_and_is_attacked(protocol: str) -> None:
         assert ("ciphertext" in outcome.nbytes["up"]) is (protocol != "he_inference")  # which trains in one place
         assert (outcome.epsilon is not None) is (protocol == "he_u_dp")
         assert bool(outcome.accounts) is (protocol == "he_u_dp")
+    if shared:
+        assert ("share" in outcome.nbytes["up"]) is (protocol != "mpc_inference")  # which trains in one place
+        assert outcome.nbytes["between"]["gloo"] > 0
     if not PROTOCOLS[protocol].activations_cross:
         assert outcome.leakage == []
         assert any("no activation crosses" in note for note in outcome.notes)
@@ -225,6 +236,8 @@ def test_two_seeds_in_two_processes_end_in_a_report(tmp_path: Path) -> None:
         ({"private": -1}, "expected --private and --auxiliary of 0 or more"),
         ({"private": 1000}, "digits"),
         ({"protocols": ("u_shaped",), "clients": 2}, "u_shaped has one client"),
+        ({"protocols": ("splitfed_v2_secure",)}, "expected at least two clients under splitfed_v2_secure"),
+        ({"protocols": ("vanilla", "mpc_2pc")}, "protocol mpc_2pc trains shares by SGD .* use --optimizer sgd"),
     ],
 )
 def test_bad_options_end_before_any_work(change: dict, message: str) -> None:

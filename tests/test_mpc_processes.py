@@ -124,14 +124,6 @@ def test_closing_ends_all_three_and_takes_their_folder_along(temporary: Path) ->
     assert_ended(servers, stage, "they were closed")
 
 
-def test_an_error_inside_the_block_ends_them_too() -> None:
-    with pytest.raises(ZeroDivisionError), Servers(timeout=60) as servers:  # noqa: PT012
-        started = pids(servers)
-        opened(servers).predict(sample()[0])
-        raise ZeroDivisionError
-    assert gone(started)
-
-
 @pytest.mark.parametrize(
     ("ask", "says"),
     [
@@ -174,12 +166,16 @@ def test_threads_of_the_client_get_their_own_answers(servers: Servers) -> None:
         one.close()
 
 
-# Who fails is named
+# Who fails is named (and on a machine that is busy, one who took too long to end on its account, too)
 
 
-@pytest.mark.parametrize("when", ["mid-use", "idle"])
 @pytest.mark.parametrize(
-    "victim", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+    ("victim", "when"),
+    [
+        (0, "mid-use"),
+        *(pytest.param(victim, "mid-use", marks=pytest.mark.slow) for victim in (1, 2)),
+        *(pytest.param(victim, "idle", marks=pytest.mark.slow) for victim in range(3)),
+    ],
 )
 def test_a_killed_party_is_named_and_takes_the_others_with_it(own: Servers, victim: int, when: str) -> None:
     stage, started = opened(own), pids(own)
@@ -198,28 +194,28 @@ def test_a_killed_party_is_named_and_takes_the_others_with_it(own: Servers, vict
 def test_a_hung_party_is_named_and_killed(own: Servers, victim: int) -> None:
     stage, started = opened(own), pids(own)
     stage.learn(*sample())
-    own.timeout = 2.0
+    own.timeout = 5.0
     after(SOON, lambda: os.kill(started[victim], signal.SIGSTOP))
-    with pytest.raises(TimeoutError, match=rf"did not answer within 2 s \({ROLES[victim]} hung\); start Servers\(\)"):
+    with pytest.raises(TimeoutError, match=rf"did not answer within 5 s \(.*{ROLES[victim]} hung.*\); start Servers"):
         learn_on(stage)
     assert gone(started)
     assert_ended(own, stage, f"{ROLES[victim]} hung")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", range(3))
+@pytest.mark.parametrize("victim", [1, 2])
 def test_a_hung_party_is_named_where_the_others_tire_of_it_first(victim: int) -> None:
-    with Servers(timeout=15) as servers:
+    with Servers(timeout=20) as servers:
         stage, started = opened(servers), pids(servers)
         servers.timeout = DEADLINE  # this process would wait for longer than the servers do for each other
         after(SOON, lambda: os.kill(started[victim], signal.SIGSTOP))
-        with pytest.raises((ConnectionError, TimeoutError), match=rf"\({ROLES[victim]} hung\); start Servers\(\)"):
+        with pytest.raises((ConnectionError, TimeoutError), match=rf"\(.*{ROLES[victim]} hung.*\); start Servers"):
             learn_on(stage)
         assert gone(started)
 
 
-@pytest.mark.parametrize("ask", ["costs", "count_anew"])
 @pytest.mark.slow
+@pytest.mark.parametrize("ask", ["costs", "count_anew"])
 def test_a_killed_dealer_is_named_by_the_ledgers_too(own: Servers, ask: str) -> None:
     started = pids(own)
     os.kill(started[2], signal.SIGKILL)
@@ -256,6 +252,7 @@ def interrupted(servers: Servers, call: Callable[[], Any], monkeypatch: pytest.M
             call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["predict", "costs"])
 def test_no_answer_is_taken_for_another_after_ctrl_c(own: Servers, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, started = opened(own), pids(own)
@@ -308,17 +305,18 @@ def test_a_party_that_does_not_remember_or_is_none_cannot_be_looked_into(
         remembering.observed("client")
 
 
-def test_the_insecure_mode_is_told_of_and_has_no_dealer(servers: Servers) -> None:
+def test_the_insecure_mode_is_told_of_and_has_no_dealer_and_an_error_in_the_block_ends_it(servers: Servers) -> None:
     assert servers.roles == ROLES
     assert servers.security == list(SECURITY)
-    with Servers(timeout=60, insecure_trust_first_party=True) as insecure:
+    with pytest.raises(ZeroDivisionError), Servers(timeout=60, insecure_trust_first_party=True) as insecure:  # noqa: PT012
+        started = pids(insecure)
         assert insecure.roles == ROLES[:2]
-        assert len(pids(insecure)) == 2
+        assert len(started) == 2
         assert insecure.security == [FIRST_PARTY, *SECURITY]
         assert "INSECURE" in insecure.security[0]
         assert opened(insecure).security == insecure.security
         assert set(insecure.costs().parties) == set(ROLES[:2])
-        started = pids(insecure)
+        raise ZeroDivisionError
     assert gone(started)
 
 
@@ -382,15 +380,8 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("ending", "code"),
-    [
-        ("closed", 0),
-        pytest.param("forgotten", 0, marks=pytest.mark.slow),
-        pytest.param("raised", 1, marks=pytest.mark.slow),
-        pytest.param("left", 7, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ending", "code"), [("closed", 0), ("forgotten", 0), ("raised", 1), ("left", 7)])
 def test_a_script_without_a_main_guard_works_and_leaves_no_process(
     tmp_path: Path, temporary: Path, ending: str, code: int
 ) -> None:

@@ -86,6 +86,8 @@ class Servers:
             for rank, role in enumerate(self.roles):
                 if self._received(rank) != b"ready":
                     raise ConnectionError(f"expected {role} to be ready, got something else")
+        except (ConnectionError, TimeoutError) as error:
+            raise self._ended(error) from error
         except BaseException:
             self.close()
             raise
