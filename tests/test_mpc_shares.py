@@ -31,7 +31,7 @@ def test_what_the_range_does_not_hold_is_refused_with_its_value(value: float, to
 
 
 def test_a_wrapped_value_is_no_result() -> None:
-    with pytest.raises(Refused, match="within ±1\\.04858e\\+06.*wrapped"):
+    with pytest.raises(Refused, match=r"within ±1\.04858e\+06.*wrapped"):
         decoded(torch.tensor([1 << 47]), "outputs")
 
 
@@ -111,7 +111,8 @@ def test_a_stage_is_described_by_what_is_public() -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        nn.BatchNorm1d(3), nn.Dropout(), nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.MaxPool2d(2, padding=1),
+        nn.BatchNorm1d(3), nn.Dropout(), nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"),
+        nn.MaxPool2d(2, padding=1),
         nn.MaxPool2d(2, dilation=2), nn.MaxPool2d(2, ceil_mode=True), nn.ReLU(inplace=True), nn.Flatten(0),
         nn.Conv1d(1, 1, 3, padding="same"), nn.AvgPool2d(3, padding=1),
     ],
