@@ -76,6 +76,7 @@ class Servers:
         self._processes: list[subprocess.Popen[str]] = []
         self._connections: list[Connection] = []
         self._turns = [threading.Lock() for _ in ROLES]
+        self._ending = threading.Lock()
         self._both = threading.Lock()  # both servers get requests in the same order
         self._pool = ThreadPoolExecutor(1)
         self._numbers = 0
@@ -179,8 +180,8 @@ class Servers:
 
     def asked(self, calls: tuple[Callable[[], Any], Callable[[], Any]]) -> tuple[Any, Any]:
         """Return the answers of both servers, asked at once; what ends one of them ends all."""
-        self._check_open()
         with self._both:
+            self._check_open()
             other = self._pool.submit(calls[1])
             try:
                 answers, errors = zip(_tried(calls[0]), _tried(other.result), strict=True)
@@ -204,7 +205,14 @@ class Servers:
                 self._connections[rank].send_bytes(frame)
             except OSError as error:
                 raise ConnectionError(f"{ROLES[rank]} took nothing ({error})") from error
-            return self._received(rank)
+            try:
+                return self._received(rank)
+            except Exception:
+                raise
+            except BaseException:  # Ctrl-C: an answer that is still to come would be taken for the next one's
+                self._why_closed = "the run was interrupted while they worked"
+                self.close()
+                raise
 
     def _carrier(self, rank: int) -> Carrier:
         return lambda frame: self.carry(rank, frame)
@@ -250,17 +258,21 @@ class Servers:
 
     def _ended(self, error: Exception) -> Exception:
         """End all parties, and return the error that says which of them failed, and why."""
-        if self._why_closed:
-            return error
+        with self._ending:  # whoever comes second is told what the first one found
+            if self._why_closed:
+                return type(error)(f"{error} ({self._why_closed}); start Servers() anew, and load weights")
+            return self._found(error)
+
+    def _found(self, error: Exception) -> Exception:
         time.sleep(POLL_SECONDS)  # the one that fell first takes the others with it, which then say so
         found = [_last_words(Path(self._folder.name) / f"{rank}.log") for rank, _ in enumerate(self.roles)]
         codes = [process.poll() for process in self._processes]
         killed = [
             f"{role} was killed (signal {-code})"
-            for role, code in zip(self.roles, codes, strict=True)
+            for role, code in zip(self.roles, codes, strict=False)
             if code and code < 0
         ]
-        said = [f"{role}: {words}" for role, words in zip(self.roles, found, strict=True) if words]
+        said = [f"{role}: {words}" for role, words in zip(self.roles, found, strict=False) if words]
         self._why_closed = "one of them failed"
         hung = [f"{role} hung" for role in self.close()]
         why = "; ".join(killed or hung or said[:1])
@@ -269,9 +281,10 @@ class Servers:
 
     def _check_open(self) -> None:
         if self._why_closed:
-            raise ConnectionError(
-                f"expected servers that run, got ones that have ended: {self._why_closed}; start Servers() anew"
-            )
+            with self._ending:
+                raise ConnectionError(
+                    f"expected servers that run, got ones that have ended: {self._why_closed}; start Servers() anew"
+                )
 
 
 class Pair:
