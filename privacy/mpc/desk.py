@@ -45,8 +45,12 @@ class Stage:
     def _backward(self, tensors: Tensors) -> dict[str, Tensor]:
         if not self._evaluated.open:
             raise ValueError(f"{self.name}: expected an open step, begun by forward")
-        told = settings_of(need(tensors, Kind.PARAMETERS))
-        g = self._evaluated.backward(of_share(held(tensors)["g"]))
+        told, g = settings_of(need(tensors, Kind.PARAMETERS)), held(tensors)["g"]
+        if g.shape != self._evaluated.out_shape:
+            raise ValueError(
+                f"{self.name}: expected a gradient of shape {tuple(self._evaluated.out_shape)}, got {tuple(g.shape)}"
+            )
+        g = self._evaluated.backward(of_share(g))
         self._step(told)
         return {f"{Kind.SHARE}/g": fresh(g)} if told["wanted"] else {}
 
@@ -58,14 +62,14 @@ class Stage:
     def _learn_joined(self, tensors: Tensors) -> dict[str, Tensor]:
         own, told = held(tensors), settings_of(need(tensors, Kind.PARAMETERS))
         parts = self._taken(told["sessions"])
-        g, loss = self._learned(self._fitting(torch.cat(list(parts.values()), -1)), own["y"], told)
+        g, loss = self._learned(self._fitting(self._side_by_side(parts)), own["y"], told)
         sizes = [part.shape[-1] for part in parts.values()]
         self.owed = {name: share.contiguous() for name, share in zip(parts, fresh(g).split(sizes, -1), strict=True)}
         return loss
 
     def _predict_joined(self, tensors: Tensors) -> dict[str, Tensor]:
         parts = self._taken(settings_of(need(tensors, Kind.PARAMETERS))["sessions"])
-        x = self._fitting(torch.cat(list(parts.values()), -1))
+        x = self._fitting(self._side_by_side(parts))
         return {f"{Kind.SHARE}/out": fresh(self._evaluated.forward(x, keep=False))}
 
     def _predict(self, tensors: Tensors) -> dict[str, Tensor]:
@@ -81,8 +85,11 @@ class Stage:
         own = held(tensors)
         weights = {name.partition("/")[2]: share for name, share in own.items() if name.startswith("weights/")}
         _check_weights(self._evaluated.layers, weights)
+        momentum = {n.partition("/")[2]: s for n, s in own.items() if n.startswith("momentum/")}
+        if any(n not in weights or s.shape != weights[n].shape for n, s in momentum.items()):
+            raise ValueError(f"{self.name}: expected momentum of its own weights")
         self._evaluated.load(weights)
-        self._evaluated.momentum = {n.partition("/")[2]: s for n, s in own.items() if n.startswith("momentum/")}
+        self._evaluated.momentum = momentum
         self._evaluated.abandon()
         return {}
 
@@ -121,7 +128,16 @@ class Stage:
         taken, self.offered = {name: self.offered[name] for name in sessions}, {}
         return taken
 
+    def _side_by_side(self, parts: Mapping[str, Tensor]) -> Tensor:
+        try:
+            return torch.cat(list(parts.values()), -1)
+        except MISFITS as error:
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts.values())
+            raise ValueError(f"{self.name}: expected activations of the same samples, got {shapes}") from error
+
     def _fitting(self, x: Tensor) -> Tensor:
+        if x.ndim == 0 or not x.numel():
+            raise ValueError(f"{self.name}: expected at least one sample, got shape {tuple(x.shape)}")
         if x.shape != self._fits:
             try:
                 self._plain(torch.empty(x.shape, device="meta"))

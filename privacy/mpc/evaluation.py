@@ -66,6 +66,12 @@ class Evaluated:
         self.masters = dict(masters)
         self.weights = {name: _cut(share) for name, share in self.masters.items()}
 
+    @property
+    def out_shape(self) -> Any:
+        """The shape of what the open step put out."""
+        assert self._kept is not None
+        return self._kept[-1][2].share.shape
+
     def abandon(self) -> None:
         """Give up the open step."""
         self._kept = None
@@ -165,7 +171,7 @@ def _pooled(x: Any, _: Mapping[str, Any], settings: Mapping[str, Any], *, mean: 
 
 def _pooled_1d(x: Any, _: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
     kernel, stride = (one[0] if isinstance(one := settings[n], tuple) else one for n in ("kernel_size", "stride"))
-    return x.unsqueeze(2).max_pool2d((1, kernel), stride=(1, stride)).squeeze(2)
+    return x.unsqueeze(-2).max_pool2d((1, kernel), stride=(1, stride)).squeeze(-2)
 
 
 def _pair(value: Any) -> tuple[int, int]:

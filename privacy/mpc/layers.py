@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitlearn.misfit import Refused
+from splitlearn.misfit import MISFITS, Refused
 
 __all__ = ["LINEAR", "Layer", "described", "plain_stage"]
 
@@ -53,9 +53,11 @@ class Layer:
             if set(settings) != set(SETTINGS[kind]) or not isinstance(told["name"], str):
                 raise KeyError(told["kind"])
             tuples = {name: tuple(one) if isinstance(one, list) else one for name, one in settings.items()}
-            return cls(told["name"], told["kind"], tuples, bool(told["bias"]))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"expected a layer that can be evaluated on shares, got {dict(told)}") from error
+            layer = cls(told["name"], told["kind"], tuples, bool(told["bias"]))
+            layer.plain()
+            return layer
+        except (KeyError, TypeError, *MISFITS) as error:
+            raise ValueError(f"expected a layer that can be evaluated on shares, got {told!r}") from error
 
     def plain(self) -> nn.Module:
         """Return a plain layer of these settings, without memory for its weights."""
@@ -71,7 +73,12 @@ def described(stage: nn.Module) -> list[Layer]:
     ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` (padding with zeros), ``nn.ReLU``, ``nn.LeakyReLU``, pooling without
     padding, ``nn.Flatten`` and ``nn.Sequential`` of these.
     """
-    found = [_described(name, layer) for name, layer in _leaves(stage)]
+    leaves = list(_leaves(stage))
+    found = [_described(name, layer) for name, layer in leaves]
+    with_weights = [id(layer) for _, layer in leaves if next(layer.parameters(), None) is not None]
+    for place, (name, layer) in enumerate(leaves):
+        if id(layer) in with_weights and any(layer is other for _, other in leaves[:place]):
+            raise Refused(f"expected each layer's weights once, got those of {layer} again at {name}; copy the layer")
     if not found:
         raise Refused("expected a stage with layers, got none; cut lower")
     return found
@@ -85,7 +92,12 @@ def plain_stage(layers: Sequence[Layer]) -> nn.Sequential:
 def _leaves(stage: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     if not isinstance(stage, nn.Sequential):
         return [(prefix.rstrip("."), stage)]
-    return [leaf for name, child in stage.named_children() for leaf in _leaves(child, f"{prefix}{name}.")]
+    return [
+        leaf
+        for name, child in stage._modules.items()
+        if child is not None
+        for leaf in _leaves(child, f"{prefix}{name}.")
+    ]
 
 
 def _described(name: str, layer: nn.Module) -> Layer:
@@ -95,7 +107,8 @@ def _described(name: str, layer: nn.Module) -> Layer:
     dilated = kind.__name__.startswith("MaxPool") and getattr(layer, "dilation", 1) not in (1, (1,), (1, 1))
     worded = isinstance(getattr(layer, "padding", 0), str)
     inplace = getattr(layer, "inplace", False)
-    if kind not in SETTINGS or odd or padded or dilated or worded or inplace:
+    grouped = getattr(layer, "groups", 1) not in (1, getattr(layer, "in_channels", 1))
+    if kind not in SETTINGS or odd or padded or dilated or worded or inplace or grouped:
         why = (
             "pooling pads and dilates nothing" if padded or dilated else f"as they come, not {', '.join(odd) or layer}"
         )

@@ -43,7 +43,9 @@ class SharedStage:
     - Deviations: of CrypTen's approximations, which ``learn`` takes, exp is (1 + x/256)^256 and log is good to 2 %, so
       that the loss it reveals differs from the plain one by some hundredths, and gradients by about a hundredth;
       ``forward`` and ``backward`` are exact to fixed point. Truncation of a product wraps around, rarely (for values of
-      order 1 once in 4·10^9): what comes of it is told of as a value out of range, never trained on in silence.
+      order 1 once in 4·10^9): what comes of it is mostly out of range, and told of. Not always: in a step of SGD it
+      moves one weight by 2^32·lr/batch, which for an lr/batch below 2^-12 is in range, and is trained on in silence.
+    - Every weight of the stage trains, those with ``requires_grad=False`` too; ``lr=0`` freezes all.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class SharedStage:
 
         ``y`` int64 [batch] numbers the classes. The loss is cross-entropy, computed on shares.
         """
+        self._forwarded = None
         told = self._told(len(z), wanted=z.requires_grad) | {"loss": self.loss_to == "client"}
         replies = self._asked("learn", told, {"x": lambda: _activation(z), "y": lambda: self._one_hot(y)})
         self.steps += 1
@@ -193,7 +196,7 @@ class SharedStage:
 
     def _one_hot(self, y: Tensor) -> Tensor:
         outputs = self.classes
-        if y.is_floating_point() or y.ndim != 1 or not bool(((y >= 0) & (y < outputs)).all()):
+        if y.dtype is not torch.int64 or y.ndim != 1 or not bool(((y >= 0) & (y < outputs)).all()):
             raise ValueError(
                 f"{self.name}: expected labels from 0 to {outputs - 1}, int64 [batch], got {y.dtype} of shape "
                 f"{tuple(y.shape)}{f', {y.min().item():g} to {y.max().item():g}' if y.numel() else ''}"
@@ -204,6 +207,8 @@ class SharedStage:
     def classes(self) -> int:
         """How many outputs the last layer with weights has."""
         sizes = [layer.settings.get("out_features", layer.settings.get("out_channels")) for layer in self._layers]
+        if not any(sizes):
+            raise ValueError(f"{self.name}: expected a stage that ends in classes, got none")
         return int([size for size in sizes if size is not None][-1])
 
     def _loss(self, replies: Replies, rows: int, like: Tensor) -> Tensor:
@@ -293,6 +298,8 @@ class _Through(torch.autograd.Function):
 
 
 def _activation(x: Tensor) -> Tensor:
+    if not x.ndim or not len(x):
+        raise Refused(f"expected a batch of at least one sample, got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise Refused(f"expected floating-point activations to share, got {x.dtype}")
     return encoded(x, "activations")

@@ -76,7 +76,7 @@ class Servers:
         self._processes: list[subprocess.Popen[str]] = []
         self._connections: list[Connection] = []
         self._turns = [threading.Lock() for _ in ROLES]
-        self._ending = threading.Lock()
+        self._ending, self._telling = threading.Lock(), threading.Lock()
         self._both = threading.Lock()  # both servers get requests in the same order
         self._pool = ThreadPoolExecutor(1)
         self._numbers = 0
@@ -219,7 +219,8 @@ class Servers:
 
     def _ledger(self, role: str, verb: str) -> Mapping[str, Tensor]:
         try:
-            return self._ledgers[role].ask(verb, {})
+            with self._telling:  # a request is numbered before it waits for its turn
+                return self._ledgers[role].ask(verb, {})
         except (ConnectionError, TimeoutError) as error:
             raise self._ended(error) from error
 

@@ -5,6 +5,7 @@ x − r. Sums of shares are shares of sums; products take CrypTen and a dealer (
 """
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     stream, found = Stream(seed.numpy().tobytes()), {}
     for name, shape in shapes.items():
         sizes = shape.flatten().tolist()
-        if shape.is_floating_point() or min(sizes, default=0) < 0 or torch.Size(sizes).numel() > MOST_ELEMENTS:
+        if shape.dtype is not torch.int64 or min(sizes, default=0) < 0 or prod(sizes) > MOST_ELEMENTS:
             raise ValueError(f"expected a shape of at most {MOST_ELEMENTS} elements for {name!r}, got {sizes}")
         found[name] = stream.elements(sizes)
     return found
