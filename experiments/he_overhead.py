@@ -19,12 +19,22 @@ from experiments.names import find
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.setups import counted
-from experiments.training import Training, build_model, described, device_of, load_splits, sizes_of, warm_up
+from experiments.timing import timed_epochs
+from experiments.training import (
+    Training,
+    build_model,
+    check_numbers,
+    described,
+    device_of,
+    load_splits,
+    sizes_of,
+    warm_up,
+)
 from privacy.he import PRESETS, Parameters
 from splitlearn.data import DATASETS, Splits
 from splitlearn.metrics import accuracy_advantage
 from splitlearn.threat import Threat, View, observe
-from splitlearn.train import epochs_of, evaluate, fit
+from splitlearn.train import evaluate
 
 __all__ = ["HE_OVERHEAD", "Config"]
 
@@ -116,8 +126,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
     sizes = sizes_of(options.data, private=config.private)
     device = device_of(options.device)
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
-    if not splits.private.x.is_floating_point():
-        raise ValueError(f"expected inputs that are numbers, got {options.data}, which holds tokens")
+    check_numbers(splits, options.data)
     place = encrypted_cut(build_model(splits, seed=0)) if config.cut == "default" else config.cut
     base = Training(
         cut=place, epochs=config.epochs, batch_size=config.batch_size, optimizer=config.optimizer, lr=config.lr,
@@ -169,15 +178,7 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     )  # fmt: skip
     ready = way.ready(setup)
     seconds: dict[str, float] = {}
-    one, lasted = epochs_of(ready.step, ready.batches), []
-
-    def epoch() -> float:
-        begun = time.perf_counter()
-        loss = one()
-        lasted.append(time.perf_counter() - begun)
-        return loss
-
-    losses = fit(epoch, epochs=epochs if way.trains else 1).losses
+    losses, lasted = timed_epochs(ready.step, ready.batches, epochs if way.trains else 1)
     notes = [*ready.notes, f"loss of the last epoch: {losses[-1]:.4f}"]
     if way.trains:
         seconds["train"] = sum(lasted)

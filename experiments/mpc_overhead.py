@@ -18,13 +18,23 @@ from experiments.names import find
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.setups import counted
-from experiments.shares import SHARED_WAYS, Run
-from experiments.training import Training, build_model, described, device_of, load_splits, sizes_of, warm_up
+from experiments.shares import SHARED_WAYS, Run, crossed
+from experiments.timing import timed_epochs
+from experiments.training import (
+    Training,
+    build_model,
+    check_numbers,
+    described,
+    device_of,
+    load_splits,
+    sizes_of,
+    warm_up,
+)
 from privacy.mpc import LAN, WAN, Costs, Servers, described_layers
 from splitlearn.cut import cut, layer_names
 from splitlearn.data import DATASETS, Splits
-from splitlearn.threat import Threat, View, observe
-from splitlearn.train import epochs_of, evaluate, fit, predict
+from splitlearn.threat import Threat, observe
+from splitlearn.train import evaluate, predict
 
 __all__ = ["MPC_OVERHEAD", "PROVIDERS", "Config"]
 
@@ -99,8 +109,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
     if device_of(options.device) != "cpu" and options.device != "auto":
         raise ValueError(f"expected --device cpu, on which shares are computed, got {options.device}")
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
-    if not splits.private.x.is_floating_point():
-        raise ValueError(f"expected inputs that are numbers, got {options.data}, which holds tokens")
+    check_numbers(splits, options.data)
     model = build_model(splits, seed=0)
     usual = USUAL_CUT if USUAL_CUT in layer_names(model) else encrypted_cut(model)
     place = usual if config.cut == "default" else config.cut
@@ -138,15 +147,7 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         if servers is not None:
             predict(run.chain, splits.test.x[:1])  # the first answer waits seconds for what is set up on demand
             _count_anew(run, servers)
-        one, lasted = epochs_of(run.step, run.batches), []
-
-        def epoch() -> float:
-            begun = time.perf_counter()
-            loss = one()
-            lasted.append(time.perf_counter() - begun)
-            return loss
-
-        losses = fit(epoch, epochs=epochs).losses
+        losses, lasted = timed_epochs(run.step, run.batches, epochs)
         notes = [f"loss of the last epoch: {losses[-1]:.4f}", f"losses: {', '.join(f'{loss:.4f}' for loss in losses)}"]
         bill = _bill(run, servers, statistics.median(lasted), epochs) if way.trains else None
         _count_anew(run, servers)
@@ -179,13 +180,13 @@ def _count_anew(run: Run, servers: Servers | None) -> None:
 def _bill(run: Run, servers: Servers | None, epoch: float, epochs: int, *, of: str = "an epoch") -> dict[str, Any]:
     """Return bytes in all, and seconds an epoch: measured, by operation, and on modelled networks."""
     nbytes, frames = counted(run.meters), max(meter.frames for meter in run.meters) / epochs
-    crossed = sum(meter.total_nbytes for meter in run.meters) / epochs
+    to_client = sum(meter.total_nbytes for meter in run.meters) / epochs
     seconds, notes = {"epoch": epoch}, []
     rounds, between = 0.0, 0.0
     if servers is not None:
         costs: Costs = servers.costs()
         rounds, between = costs.rounds / epochs, costs.crossed / epochs
-        nbytes["between"] = {"gloo": costs.crossed}
+        nbytes = crossed(run.meters, costs)
         seconds |= {f"servers_{name}": spent / epochs for name, spent in costs.seconds.items()}
         notes.append(
             f"{rounds:.0f} rounds between the servers and {between / 1e6:.1f} MB ({costs.nbytes / epochs / 1e6:.1f} by "
@@ -194,7 +195,7 @@ def _bill(run: Run, servers: Servers | None, epoch: float, epochs: int, *, of: s
     if run.stage is not None:
         seconds |= {f"client_{name}": spent / epochs for name, spent in run.stage.seconds.items()}
     for network in (LAN, WAN):
-        seconds[network.name.lower()] = epoch + network.seconds(rounds + frames, between + crossed)
+        seconds[network.name.lower()] = epoch + network.seconds(rounds + frames, between + to_client)
         notes.append(
             f"modelled {network.name}: {1000 * network.latency:g} ms one way, {network.bandwidth / 1e6:g} Mbit/s, "
             f"{rounds + frames:.0f} rounds and frames one after the other, beside what was measured on loopback"
@@ -215,7 +216,7 @@ def _leakage(trial: Trial, splits: Splits) -> list[Leakage]:
         if servers is not None:
             found = FirstParty(tuple(z.shape))(observe(servers.observed("server 0"), threat=Threat()))
         elif run.line is not None:
-            found = _seen(observe(run.line.record, threat=Threat()))
+            found = observe(run.line.record, threat=Threat()).activations(verb="learn")
     guess = (blind.expand_as(z), found)
     errors = [float((z.double() - one.double()).square().mean()) for one in guess if one is not None]
     return [
@@ -235,10 +236,6 @@ def _activations(trial: Trial, splits: Splits, x: Tensor) -> Tensor:
     bottom = cut(build_model(splits, seed=trial.training.seed), trial.training.cut)[0]
     with torch.no_grad():
         return bottom(x)
-
-
-def _seen(view: View) -> Tensor:
-    return view.activations(verb="learn")
 
 
 MPC_OVERHEAD = Experiment(

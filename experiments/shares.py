@@ -1,17 +1,27 @@
 """One function a way to train on shares: who holds what, over which wires. Servers and dealer are real processes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from experiments.encrypted import CLIENT, SERVER, WAYS, Ready, Setup
+from experiments.encrypted import CLIENT, SERVER, WAYS, Setup
 from experiments.parts import Shield
 from experiments.setups import LABELLED, NOTHING, counted, train_splitfed_v2, train_unsplit, vertical_parts
-from experiments.training import Trained, Training, build_model, optimizer_for
-from privacy.mpc import LEARNS, Servers, SharedStage, StageClient, mpc_2pc, mpc_inference, mpc_u_shaped, mpc_vertical
+from experiments.training import MOMENTUM, Trained, Training, build_model, optimizer_for
+from privacy.mpc import (
+    LEARNS,
+    Costs,
+    Servers,
+    SharedStage,
+    StageClient,
+    mpc_2pc,
+    mpc_inference,
+    mpc_u_shaped,
+    mpc_vertical,
+)
 from splitlearn.cut import cut
 from splitlearn.data import Splits
 from splitlearn.party import Learner
@@ -21,11 +31,9 @@ from splitlearn.train import Batches, Predictor, epochs_of, fit
 from splitlearn.wire import Metered
 
 __all__ = [
-    "SHARED_WAYS", "Run", "SharedWay", "train_mpc_2pc", "train_mpc_inference", "train_mpc_u_shaped",
+    "SHARED_WAYS", "Run", "SharedWay", "crossed", "train_mpc_2pc", "train_mpc_inference", "train_mpc_u_shaped",
     "train_mpc_vertical", "train_splitfed_v2_secure",
 ]  # fmt: skip
-
-MOMENTUM = 0.9  # as optimizer_for has it for SGD, the one optimizer that shares are trained by: see Training
 
 
 @dataclass
@@ -33,7 +41,7 @@ class Run:
     """Parties that stand ready: one training step, its batches, and what evaluation and bills need.
 
     ``meters`` are the client's wires, asked at once where there are several. ``line`` is there where a server reads
-    frames in the clear, ``stage`` where servers hold shares, ``layer`` where one holds ciphertexts' weights.
+    frames in the clear, ``stage`` where servers hold shares.
     """
 
     step: Callable[[Tensor, Tensor], Tensor]
@@ -43,7 +51,6 @@ class Run:
     visible: Mapping[str, list[str]]
     line: Wire | None = None
     stage: SharedStage | None = None
-    encrypted: Ready | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def encrypted(name: str, setup: Setup, servers: Servers | None) -> Run:
     """A way on ciphertexts, for comparison: the server holds the first layer with weights above the cut."""
     ready = WAYS[name].ready(setup)
     assert isinstance(ready.batches, Batches)
-    return Run(ready.step, ready.batches, ready.chain, [ready.line.meter], ready.visible, encrypted=ready)
+    return Run(ready.step, ready.batches, ready.chain, [ready.line.meter], ready.visible)
 
 
 SHARED_WAYS: dict[str, SharedWay] = {
@@ -116,19 +123,24 @@ SHARED_WAYS: dict[str, SharedWay] = {
 }
 
 
+def crossed(meters: Sequence[Metered], costs: Costs) -> dict[str, dict[str, int]]:
+    """Return the bytes of the clients' wires, and of those between servers and dealer."""
+    return {**counted(meters), "between": {"gloo": costs.crossed}}
+
+
 def train_mpc_2pc(training: Training, splits: Splits, shield: Shield) -> Trained:
     """Two servers and a dealer train the top on shares (CrypTen, TTP), the loss included; plain SGD with momentum."""
-    return _trained(loss_on_shares, training, splits)
+    return _trained(SHARED_WAYS["mpc_2pc"], training, splits)
 
 
 def train_mpc_u_shaped(training: Training, splits: Splits, shield: Shield) -> Trained:
     """Two servers and a dealer train the top on shares (CrypTen, TTP), labels and loss stay with the client."""
-    return _trained(loss_at_client, training, splits)
+    return _trained(SHARED_WAYS["mpc_u_shaped"], training, splits)
 
 
 def train_mpc_inference(training: Training, splits: Splits, shield: Shield) -> Trained:
     """Trained in the clear in one place, then inference on shares by two servers and a dealer (CrypTen, TTP)."""
-    return _trained(inference_on_shares, training, splits)
+    return _trained(SHARED_WAYS["mpc_inference"], training, splits)
 
 
 def train_mpc_vertical(training: Training, splits: Splits, shield: Shield) -> Trained:
@@ -144,7 +156,7 @@ def train_mpc_vertical(training: Training, splits: Splits, shield: Shield) -> Tr
         top.load_state_dict(stage.weights())
         visible = _with_security("mpc_vertical", stage)
         meters = [*stage.meters, *(meter for session in sessions for meter in session.meters)]
-        nbytes = {**counted(meters), "between": {"gloo": servers.costs().crossed}}
+        nbytes = crossed(meters, servers.costs())
     chain: list[Predictor] = [Learner("clients", side), Learner("put together", top)]
     return Trained(chain, nn.Sequential(side, top), losses, nbytes, visible, private.x, private.y)
 
@@ -158,12 +170,11 @@ def train_splitfed_v2_secure(training: Training, splits: Splits, shield: Shield)
     return replace(trained, visible=visible)
 
 
-def _trained(way: Callable[[Setup, Servers | None], Run], training: Training, splits: Splits) -> Trained:
+def _trained(way: SharedWay, training: Training, splits: Splits) -> Trained:
     """Train that way; the model is put together for its owner at the end, and evaluated as such."""
     with Servers() as servers:
-        run = way(Setup(splits, training), servers)
-        epochs = training.epochs if way is not inference_on_shares else 1
-        losses = fit(epochs_of(run.step, run.batches), epochs=epochs).losses
+        run = way.ready(Setup(splits, training), servers)
+        losses = fit(epochs_of(run.step, run.batches), epochs=training.epochs if way.trains else 1).losses
         assert run.stage is not None
         bottom, top = _halves(Setup(splits, training))
         top.load_state_dict(run.stage.weights())
@@ -172,7 +183,7 @@ def _trained(way: Callable[[Setup, Servers | None], Run], training: Training, sp
         assert isinstance(client, Learner)
         bottom.load_state_dict(client.weights())
         visible = {who: list(what) for who, what in run.visible.items()}
-        nbytes = {**counted(run.meters), "between": {"gloo": servers.costs().crossed}}
+        nbytes = crossed(run.meters, servers.costs())
     model = nn.Sequential(bottom, top)
     chain: list[Predictor] = [client, Learner("put together", top)]
     return Trained(chain, model, losses, nbytes, visible, splits.private.x, splits.private.y)

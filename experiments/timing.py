@@ -2,9 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-__all__ = ["Step", "median_ratio", "paired_seconds"]
+from torch import Tensor
+
+from splitlearn.train import epochs_of, fit
+
+__all__ = ["Step", "median_ratio", "paired_seconds", "timed_epochs"]
 
 Step = Callable[[], object]
 
@@ -27,3 +31,18 @@ def paired_seconds(steps: Mapping[str, Step], rounds: int) -> dict[str, list[flo
 def median_ratio(over: list[float], under: list[float]) -> float:
     """Return the median over rounds of the ratio of neighbouring steps."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def timed_epochs(
+    step: Callable[[Tensor, Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], epochs: int
+) -> tuple[list[float], list[float]]:
+    """Train so many epochs, and return the mean loss and the seconds of each."""
+    one, seconds = epochs_of(step, batches), []
+
+    def epoch() -> float:
+        begun = time.perf_counter()
+        loss = one()
+        seconds.append(time.perf_counter() - begun)
+        return loss
+
+    return fit(epoch, epochs=epochs).losses, seconds

@@ -23,6 +23,7 @@ __all__ = [
     "Trained",
     "Training",
     "build_model",
+    "check_numbers",
     "default_cut",
     "described",
     "device_of",
@@ -37,6 +38,7 @@ ONE_CLIENT = (
     "u_shaped", "he_u_dp", "he_encw", "he_inference", "split_ways", "mpc_2pc", "mpc_u_shaped", "mpc_inference",
 )  # fmt: skip
 BY_SGD = ("mpc_2pc", "mpc_u_shaped", "mpc_vertical")  # whose weights two servers train in shares
+MOMENTUM = 0.9  # of SGD
 USUAL_CUTS = ("relu2", "block2", "pool2", "relu1")  # after the second block, where there is one
 
 
@@ -73,7 +75,7 @@ class Training:
             )
         if self.protocol in BY_SGD and self.optimizer != "sgd":
             raise ValueError(
-                f"protocol {self.protocol} trains shares by SGD with momentum 0.9, got {self.optimizer}; use "
+                f"protocol {self.protocol} trains shares by SGD with momentum {MOMENTUM}, got {self.optimizer}; use "
                 "--optimizer sgd"
             )
 
@@ -148,6 +150,12 @@ def load_splits(
     return Splits(*wide)
 
 
+def check_numbers(splits: Splits, data: str) -> None:
+    """Raise ``ValueError`` where inputs are tokens, which fit no layer that servers compute without seeing them."""
+    if not splits.private.x.is_floating_point():
+        raise ValueError(f"expected inputs that are numbers, got {data}, which holds tokens")
+
+
 def build_model(splits: Splits, *, seed: int) -> nn.Sequential:
     """Return a fresh model that fits the data."""
     private = splits.private
@@ -173,7 +181,7 @@ def optimizer_for(stage: nn.Module, training: Training) -> torch.optim.Optimizer
         return None
     if training.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=training.lr)
-    return torch.optim.SGD(parameters, lr=training.lr, momentum=0.9)
+    return torch.optim.SGD(parameters, lr=training.lr, momentum=MOMENTUM)
 
 
 @cache

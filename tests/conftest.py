@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from privacy.mpc import Servers
+from splitlearn.data import Dataset, Splits, split
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +39,11 @@ def remembering() -> Iterator[Servers]:
     """The same, of parties that remember all that they receive; read (and so forget) it before and after."""
     with Servers(timeout=60, remember=True) as running:
         yield running
+
+
+@pytest.fixture
+def tokens() -> Splits:
+    """Splits of a data set of tokens, for what takes numbers alone."""
+    x, y = torch.randint(1, 9, (60, 12)), torch.arange(60) % 2
+    dataset = Dataset("words", x, y, 2, "tokens", torch.arange(60), names=tuple(map(str, range(9))))
+    return split(dataset, private=20, auxiliary=20, test=20)

@@ -32,7 +32,7 @@ from experiments.shares import SHARED_WAYS, train_splitfed_v2_secure
 from experiments.store import Store
 from experiments.training import ONE_CLIENT, Trained, Training, build_model, load_splits
 from privacy.mpc import LAN, SECURITY, WAN, Servers
-from splitlearn.data import Dataset, Splits, split
+from splitlearn.data import Splits
 from splitlearn.party import Learner
 from splitlearn.train import epochs_of, evaluate, fit, predict
 
@@ -117,13 +117,8 @@ def test_shares_are_computed_on_the_cpu(device: str, fine: bool) -> None:
         tasks(TOY, asked)
 
 
-def test_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tokens(name: str, data_dir: Path | None, sizes: Any = None) -> Splits:
-        x, y = torch.randint(1, 9, (60, 12)), torch.arange(60) % 2
-        dataset = Dataset("words", x, y, 2, "tokens", torch.arange(60), names=tuple(map(str, range(9))))
-        return split(dataset, private=20, auxiliary=20, test=20)
-
-    monkeypatch.setattr(mpc_overhead, "load_splits", tokens)
+def test_tokens_are_refused(tokens: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpc_overhead, "load_splits", lambda *_, **__: tokens)
     with pytest.raises(ValueError, match=r"^expected inputs that are numbers, got digits, which holds tokens$"):
         tasks(TOY, ONCE)
 

@@ -29,7 +29,7 @@ from experiments.store import Store
 from experiments.summary import summarise
 from experiments.tables import accounts_table
 from experiments.training import Training, load_splits
-from splitlearn.data import Dataset, Splits, split
+from splitlearn.data import Splits
 
 PROTECTING = tuple(name for name in MECHANISMS if name != "none")
 TOY = Config(
@@ -161,13 +161,8 @@ def test_an_unknown_data_set_is_refused() -> None:
         tasks(TOY, Options(data="digit", seeds=(0,)))
 
 
-def test_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tokens(name: str, data_dir: Path | None, sizes: Any = None) -> Splits:
-        x, y = torch.randint(1, 9, (60, 12)), torch.arange(60) % 2
-        dataset = Dataset("words", x, y, 2, "tokens", torch.arange(60), names=tuple(map(str, range(9))))
-        return split(dataset, private=20, auxiliary=20, test=20)
-
-    monkeypatch.setattr(privacy_utility, "load_splits", tokens)
+def test_tokens_are_refused(tokens: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(privacy_utility, "load_splits", lambda *_, **__: tokens)
     with pytest.raises(ValueError, match="got words, which holds tokens; use images, signals or a table"):
         tasks(TOY, ONCE)
 

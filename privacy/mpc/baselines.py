@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from privacy.mpc.compat import load_crypten
+from privacy.mpc.compat import LOOPBACK, load_crypten
 
 __all__ = ["RawCrypten"]
 
@@ -64,7 +64,8 @@ class RawCrypten:
 
     def _started(self, rank: int, sizes: tuple[int, int, int]) -> "subprocess.Popen[str]":
         told = {
-            "RANK": str(rank), "WORLD_SIZE": str(PARTIES), "DISTRIBUTED_BACKEND": "gloo", "GLOO_SOCKET_IFNAME": "lo",
+            "RANK": str(rank), "WORLD_SIZE": str(PARTIES),
+            "DISTRIBUTED_BACKEND": "gloo", "GLOO_SOCKET_IFNAME": LOOPBACK,
             "RENDEZVOUS": f"file://{Path(self._folder.name) / 'rendezvous'}",
         }  # fmt: skip
         return subprocess.Popen(

@@ -6,8 +6,10 @@ import warnings
 from importlib.util import find_spec
 from types import ModuleType
 
-__all__ = ["INSTALL", "load_crypten"]
+__all__ = ["INSTALL", "LOOPBACK", "load_crypten"]
 
+# By name: gloo would else look up this machine's own, which may not resolve, and may not be the loopback.
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 INSTALL = "pip install 'splitlearn[mpc]' && pip install --no-deps crypten==0.4.1"
 # CrypTen's ONNX converter looks for torch's registry of symbolic functions where it used to lie.
 _OLD_PLACE = "torch.onnx._internal.registration"

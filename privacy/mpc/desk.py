@@ -101,13 +101,11 @@ class Stage:
     def _learned(self, x: Tensor, y: Tensor, told: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """Return the gradient of the loss summed over the batch, and that sum where it is to be revealed."""
         out = self._evaluated.forward(x, keep=True)
+        if y.shape != out.size():
+            raise ValueError(f"{self.name}: expected one label a sample of {out.size(1)} classes, got {tuple(y.shape)}")
+        target = of_share(y)
         with self._clock.on("softmax"), crypten.no_grad():
             answers = out.softmax(1)
-            target = of_share(y)
-            if target.size() != answers.size():
-                raise ValueError(
-                    f"{self.name}: expected one label a sample of {answers.size(1)} classes, got {tuple(y.shape)}"
-                )
             g = answers.sub(target)
         loss: dict[str, Tensor] = {}
         if told["loss"]:

@@ -164,9 +164,9 @@ def _leaky(x: Any, _: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
     return x.relu().mul(1 - slope) + x.mul(slope)
 
 
-def _pooled(x: Any, _: Mapping[str, Any], settings: Mapping[str, Any], *, mean: bool) -> Any:
+def _pooled(pool: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
     kernel, stride = (_pair(settings[name]) for name in ("kernel_size", "stride"))
-    return x.avg_pool2d(kernel, stride=stride) if mean else x.max_pool2d(kernel, stride=stride)
+    return pool(kernel, stride=stride)
 
 
 def _pooled_1d(x: Any, _: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
@@ -178,14 +178,6 @@ def _pair(value: Any) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def _max_pooled(x: Any, own: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
-    return _pooled(x, own, settings, mean=False)
-
-
-def _mean_pooled(x: Any, own: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
-    return _pooled(x, own, settings, mean=True)
-
-
 APPLIED: dict[str, Callable[[Any, Mapping[str, Any], Mapping[str, Any]], Any]] = {
     "Linear": _linear,
     "Conv1d": lambda x, own, settings: _convolved(x, own, settings, dims=1),
@@ -193,8 +185,8 @@ APPLIED: dict[str, Callable[[Any, Mapping[str, Any], Mapping[str, Any]], Any]] =
     "ReLU": lambda x, own, settings: x.relu(),
     "LeakyReLU": _leaky,
     "MaxPool1d": _pooled_1d,
-    "MaxPool2d": _max_pooled,
-    "AvgPool2d": _mean_pooled,
+    "MaxPool2d": lambda x, own, settings: _pooled(x.max_pool2d, settings),
+    "AvgPool2d": lambda x, own, settings: _pooled(x.avg_pool2d, settings),
     "Flatten": lambda x, own, settings: x.reshape(x.size(0), -1),
     "Identity": lambda x, own, settings: x.clone(),
 }

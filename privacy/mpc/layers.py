@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from splitlearn.misfit import MISFITS, Refused
 
-__all__ = ["LINEAR", "Layer", "described", "plain_stage"]
+__all__ = ["Layer", "described", "plain_stage"]
 
 CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -73,12 +73,13 @@ def described(stage: nn.Module) -> list[Layer]:
     ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` (padding with zeros), ``nn.ReLU``, ``nn.LeakyReLU``, pooling without
     padding, ``nn.Flatten`` and ``nn.Sequential`` of these.
     """
-    leaves = list(_leaves(stage))
+    leaves = _leaves(stage)
     found = [_described(name, layer) for name, layer in leaves]
-    with_weights = [id(layer) for _, layer in leaves if next(layer.parameters(), None) is not None]
-    for place, (name, layer) in enumerate(leaves):
-        if id(layer) in with_weights and any(layer is other for _, other in leaves[:place]):
+    seen: set[nn.Module] = set()
+    for name, layer in leaves:
+        if isinstance(layer, LINEAR) and layer in seen:
             raise Refused(f"expected each layer's weights once, got those of {layer} again at {name}; copy the layer")
+        seen.add(layer)
     if not found:
         raise Refused("expected a stage with layers, got none; cut lower")
     return found

@@ -50,8 +50,8 @@ class Ledger:
         for place, note in enumerate(self._memory.take(AT_ONCE)):
             for side, message in (("sent", note.request), ("got", note.reply)):
                 for key, tensor in message.tensors.items():
-                    kind, slash, rest = key.partition("/")
-                    found[f"{kind}{slash or '/'}{place:02d}/{message.verb}/{side}/{rest}"] = tensor
+                    kind, *rest = key.split("/", 1)
+                    found[f"{kind}/{place:02d}/{message.verb}/{side}/{''.join(rest)}"] = tensor
         return found
 
 

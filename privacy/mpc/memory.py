@@ -27,8 +27,8 @@ class Memory:
             self.exchanges.append(Exchange(*(Message(verb, side, "gloo") for side in sides)))
 
     def noting(self, transport: Transport) -> Transport:
-        """Return the transport with its exchanges noted too, but for those about this memory itself."""
-        return _Noting(self, transport)
+        """Return the transport with its exchanges noted too, but for those about this memory; as it is when off."""
+        return _Noting(self, transport) if self.on else transport
 
     def take(self, most: int) -> list[Exchange]:
         """Return the oldest notes, and forget them."""
@@ -47,6 +47,6 @@ class _Noting:
     def request(self, message: Message) -> Message:
         asked = copied(message)  # before anybody may change what came
         reply = self._transport.request(message)
-        if self._memory.on and message.session != "ledger":
+        if message.session != "ledger":
             self._memory.exchanges.append(Exchange(asked, copied(reply)))
         return reply

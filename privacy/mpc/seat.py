@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from privacy.mpc.compat import load_crypten
+from privacy.mpc.compat import LOOPBACK, load_crypten
 from privacy.mpc.memory import Memory
 from privacy.mpc.randomness import SEED_NBYTES, Stream
 from privacy.mpc.sharing import BITS, SERVERS
@@ -39,8 +39,7 @@ class Seat(Communicator):
         self.ttp_initialized = dealer
         self.reset_communication_stats()
         total, limit = SERVERS + dealer, timedelta(seconds=seconds)
-        # Loopback by name: gloo would else look up this machine's own, which may not resolve.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", world_size=total, rank=rank, timeout=limit)
         self.ttp_group = dist.new_group(list(range(total)), timeout=limit)
         self.ttp_comm_group = dist.new_group([0, total - 1], timeout=limit)
@@ -67,10 +66,12 @@ class Seat(Communicator):
         self.memory.heard(repr(result))
         return result
 
-    def _unused(self, *rest: Any, **options: Any) -> Any:
-        raise NotImplementedError("two servers open values by all_reduce alone; nothing else is noted, or used")
+    def _refused(self, *rest: Any, **options: Any) -> Any:
+        raise RuntimeError(
+            "expected values between servers to be opened by all_reduce alone, got another way, which no memory notes"
+        )
 
-    recv = irecv = scatter = reduce = gather = all_gather = broadcast_obj = _unused
+    recv = irecv = scatter = reduce = gather = all_gather = broadcast_obj = _refused
 
     @property
     def counts(self) -> dict[str, float]:

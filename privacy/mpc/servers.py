@@ -7,8 +7,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -180,15 +181,10 @@ class Servers:
 
     def asked(self, calls: tuple[Callable[[], Any], Callable[[], Any]]) -> tuple[Any, Any]:
         """Return the answers of both servers, asked at once; what ends one of them ends all."""
-        with self._both:
+        with self._both, self._whole():
             self._check_open()
             other = self._pool.submit(calls[1])
-            try:
-                answers, errors = zip(_tried(calls[0]), _tried(other.result), strict=True)
-            except BaseException:  # Ctrl-C: an answer that is still to come would be taken for the next one's
-                self._why_closed = "the run was interrupted while they worked"
-                self.close()
-                raise
+            answers, errors = zip(_tried(calls[0]), _tried(other.result), strict=True)
         for error in errors:
             if isinstance(error, (ConnectionError, TimeoutError)):
                 raise self._ended(error) from error
@@ -199,20 +195,25 @@ class Servers:
 
     def carry(self, rank: int, frame: bytes) -> bytes:
         """Send a frame to one party and return its answer."""
-        with self._turns[rank]:
+        with self._turns[rank], self._whole():
             self._check_open()
             try:
                 self._connections[rank].send_bytes(frame)
             except OSError as error:
                 raise ConnectionError(f"{ROLES[rank]} took nothing ({error})") from error
-            try:
-                return self._received(rank)
-            except Exception:
-                raise
-            except BaseException:  # Ctrl-C: an answer that is still to come would be taken for the next one's
-                self._why_closed = "the run was interrupted while they worked"
-                self.close()
-                raise
+            return self._received(rank)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """End all parties where Ctrl-C cuts the block short: an answer still to come would be taken for the next."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self._why_closed = "the run was interrupted while they worked"
+            self.close()
+            raise
 
     def _carrier(self, rank: int) -> Carrier:
         return lambda frame: self.carry(rank, frame)
