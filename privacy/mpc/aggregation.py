@@ -36,6 +36,8 @@ class SecureMember:
     - Protects: one member's weights from the fed server and from either server. Not: what the mean itself tells of
       one member (two members know each other's by it), for which see ``PrivateMean``; the number of samples; against
       a member that contributes nonsense, or a server that adds up something else.
+    - A fed server that follows the protocol learns the mean alone. One that contributes weights of its own, which it
+      knows, takes them off the sum again and has another's: nothing here tells who a contribution comes from.
     - Each contribution is added up once, with at least one other, so that no two sums differ by one member.
     """
 
