@@ -465,3 +465,12 @@ def test_parties_end_with_a_script_that_is_killed(tmp_path: Path, temporary: Pat
         if deaf:
             os.kill(script.parties[2], signal.SIGCONT)
         assert gone(script.parties)
+
+
+@pytest.mark.slow
+def test_a_client_that_pauses_longer_than_an_answer_may_take_finds_its_servers_as_they_were() -> None:
+    with Servers(timeout=10) as servers:
+        stage, x = SharedStage(servers, nn.Linear(3, 2)), torch.rand(4, 3)
+        first = stage.predict(x)
+        time.sleep(14)
+        assert float((stage.predict(x) - first).abs().max()) < 1e-3

@@ -29,6 +29,7 @@ ttp: Any = crypten.mpc.provider.ttp_provider
 DEALER = SERVERS  # its rank
 WORDS = SEED_NBYTES // 8
 CPU = torch.device("cpu")
+IDLE = timedelta(days=365)
 
 
 class Seat(Communicator):
@@ -41,7 +42,9 @@ class Seat(Communicator):
         total, limit = SERVERS + dealer, timedelta(seconds=seconds)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", world_size=total, rank=rank, timeout=limit)
-        self.ttp_group = dist.new_group(list(range(total)), timeout=limit)
+        # The dealer waits for requests however long nobody computes: it ends with its standard input, or with a server.
+        waits = IDLE if rank == DEALER else limit
+        self.ttp_group = dist.new_group(list(range(total)), timeout=waits)
         self.ttp_comm_group = dist.new_group([0, total - 1], timeout=limit)
         self.main_group = dist.new_group(list(range(SERVERS)), timeout=limit)
 
