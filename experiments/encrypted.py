@@ -38,7 +38,7 @@ from splitlearn.data import Splits
 from splitlearn.party import Learner
 from splitlearn.protocols import u_shaped
 from splitlearn.remote import Wire, wire
-from splitlearn.train import Batches, Predictor, epochs_of, fit
+from splitlearn.train import Batches, Predictor, epochs_of, fit, predict
 
 __all__ = [
     "WAYS", "Ready", "Setup", "Way", "check_linear_last", "encrypted_cut", "train_he_encw", "train_he_inference",
@@ -260,7 +260,7 @@ def train_he_encw(training: Training, splits: Splits, shield: Shield) -> Trained
 
 def train_he_inference(training: Training, splits: Splits, shield: Shield) -> Trained:
     """Trained in the clear in one place, then inference through an encrypted layer."""
-    return _trained(encrypted_inference, training, splits)
+    return _trained(encrypted_inference, training, splits, billed=splits.test.x)
 
 
 def train_split_ways(training: Training, splits: Splits, shield: Shield) -> Trained:
@@ -268,9 +268,14 @@ def train_split_ways(training: Training, splits: Splits, shield: Shield) -> Trai
     return _trained(leaky, training, splits)
 
 
-def _trained(way: Callable[[Setup], Ready], training: Training, splits: Splits) -> Trained:
+def _trained(
+    way: Callable[[Setup], Ready], training: Training, splits: Splits, *, billed: Tensor | None = None
+) -> Trained:
+    """Train that way; ``billed`` are inputs whose predictions are what crosses, where training crosses nothing."""
     ready = way(Setup(splits, training))
-    losses = fit(epochs_of(ready.step, ready.batches), epochs=training.epochs).losses
+    losses = fit(epochs_of(ready.step, ready.batches), epochs=1 if billed is not None else training.epochs).losses
+    if billed is not None:
+        predict(ready.chain, billed)
     visible = {observer: list(seen) for observer, seen in ready.visible.items()}
     private = splits.private
     claim = None if ready.account is None else ready.account.claim()

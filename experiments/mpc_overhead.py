@@ -3,7 +3,7 @@
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attacks import FirstParty
-from experiments.encrypted import Setup, encrypted_cut
+from experiments.encrypted import WAYS, Setup, encrypted_cut
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.names import find
 from experiments.record import Leakage
@@ -30,6 +30,7 @@ from experiments.training import (
     sizes_of,
     warm_up,
 )
+from privacy.he import FAST, Parameters
 from privacy.mpc import LAN, WAN, Costs, Servers, described_layers
 from splitlearn.cut import cut, layer_names
 from splitlearn.data import DATASETS, Splits
@@ -81,6 +82,7 @@ class Trial:
             **described(self.data, self.sizes, self.training),
             "way": self.way,
             "provider": self.provider,
+            **({} if self.parameters is None else {"parameters": asdict(self.parameters)}),
             "insecure_trust_first_party": self.insecure,
         }
 
@@ -88,6 +90,15 @@ class Trial:
     def insecure(self) -> bool:
         """Whether server 0 deals the triples."""
         return self.provider == "insecure_first_party"
+
+    @property
+    def parameters(self) -> Parameters | None:
+        """The parameter set of a way on ciphertexts."""
+        return FAST if self.way in WAYS and WAYS[self.way].encrypted else None
+
+    def setup(self, splits: Splits, *, max_nbytes: int = 0) -> Setup:
+        """Return what a way starts from."""
+        return Setup(splits, self.training, self.parameters or FAST, max_nbytes=max_nbytes)
 
     def servers(self, *, remember: bool = False) -> Any:
         """Return two servers and their dealer as a context, or one of nothing where nothing is shared."""
@@ -143,7 +154,7 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     splits, way = load_splits(trial.data, data_dir, sizes=trial.sizes), SHARED_WAYS[trial.way]
     epochs = trial.training.epochs if way.trains else 1
     with trial.servers() as servers:
-        run = way.ready(Setup(splits, trial.training), servers)
+        run = way.ready(trial.setup(splits), servers)
         if servers is not None:
             predict(run.chain, splits.test.x[:1])  # the first answer waits seconds for what is set up on demand
             _count_anew(run, servers)
@@ -160,6 +171,8 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
             bill["seconds"] = {f"test_{n}" if n in ("lan", "wan") else n: s for n, s in bill["seconds"].items()}
             bill["seconds"].pop("epoch")
         security = [] if servers is None else servers.security
+    if trial.parameters is not None:
+        notes.append(trial.parameters.in_words())
     bill["seconds"]["test"] = tested
     return Outcome(
         utility=utility, leakage=_leakage(trial, splits) if way.trains else [], nbytes=bill["nbytes"],
@@ -206,7 +219,7 @@ def _bill(run: Run, servers: Servers | None, epoch: float, epochs: int, *, of: s
 def _leakage(trial: Trial, splits: Splits) -> list[Leakage]:
     """Return what one server makes of the activations of a first batch, in a training that is then given up."""
     with trial.servers(remember=True) as servers:
-        run = SHARED_WAYS[trial.way].ready(Setup(splits, trial.training, max_nbytes=1 << 32), servers)
+        run = SHARED_WAYS[trial.way].ready(trial.setup(splits, max_nbytes=1 << 32), servers)
         x, y = next(iter(run.batches))
         z, blind = _activations(trial, splits, x), _activations(trial, splits, splits.auxiliary.x).mean(0, keepdim=True)
         if servers is not None:

@@ -1,6 +1,8 @@
 """One function a way to train on shares: who holds what, over which wires. Servers and dealer are real processes."""
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -27,7 +29,7 @@ from splitlearn.data import Splits
 from splitlearn.party import Learner
 from splitlearn.protocols import vanilla
 from splitlearn.remote import Wire, wire
-from splitlearn.train import Batches, Predictor, epochs_of, fit
+from splitlearn.train import Batches, Predictor, epochs_of, fit, predict
 from splitlearn.wire import Metered
 
 __all__ = [
@@ -171,22 +173,31 @@ def train_splitfed_v2_secure(training: Training, splits: Splits, shield: Shield)
 
 
 def _trained(way: SharedWay, training: Training, splits: Splits) -> Trained:
-    """Train that way; the model is put together for its owner at the end, and evaluated as such."""
-    with Servers() as servers:
-        run = way.ready(Setup(splits, training), servers)
+    """Train that way; the model is put together for its owner at the end, and evaluated as such.
+
+    Where inference alone is on shares, the servers stay to answer for as long as there is a chain that asks them, and
+    what is billed is the answers for the test set.
+    """
+    setup = Setup(splits, training)
+    with ExitStack() as running:
+        servers = running.enter_context(Servers())
+        run = way.ready(setup, servers)
+        visible = {who: list(what) for who, what in run.visible.items()}
         losses = fit(epochs_of(run.step, run.batches), epochs=training.epochs if way.trains else 1).losses
         assert run.stage is not None
-        bottom, top = _halves(Setup(splits, training))
+        bottom, top = _halves(setup)
         top.load_state_dict(run.stage.weights())
-        first = run.chain[0]
-        client = first.client if isinstance(first, _Answered) else first
-        assert isinstance(client, Learner)
+        client = run.chain[0]
+        assert isinstance(client, Learner | _Answered)
         bottom.load_state_dict(client.weights())
-        visible = {who: list(what) for who, what in run.visible.items()}
+        chain = [client, Learner("put together", top)] if way.trains else run.chain
+        if not way.trains:
+            servers.count_anew()
+            predict(chain, splits.test.x)
         nbytes = crossed(run.meters, servers.costs())
-    model = nn.Sequential(bottom, top)
-    chain: list[Predictor] = [client, Learner("put together", top)]
-    return Trained(chain, model, losses, nbytes, visible, splits.private.x, splits.private.y)
+        if not way.trains:
+            weakref.finalize(client, running.pop_all().close)
+    return Trained(chain, nn.Sequential(bottom, top), losses, nbytes, visible, splits.private.x, splits.private.y)
 
 
 def _on_shares(
@@ -225,3 +236,7 @@ class _Answered:
     def predict(self, x: Tensor) -> Tensor:
         """Return the top's outputs, revealed to this client."""
         return mpc_inference(self.client, self.session, x)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights below the cut."""
+        return self.client.weights()

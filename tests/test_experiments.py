@@ -80,11 +80,11 @@ def test_every_protocol_trains_and_is_attacked(protocol: str) -> None:
     outcome = task.call()
     assert 0 <= outcome.utility["accuracy"] <= 1
     if encrypted:
-        assert ("ciphertext" in outcome.nbytes["up"]) is (protocol != "he_inference")  # which trains in one place
+        assert "ciphertext" in outcome.nbytes["up"]
         assert (outcome.epsilon is not None) is (protocol == "he_u_dp")
         assert bool(outcome.accounts) is (protocol == "he_u_dp")
     if shared:
-        assert ("share" in outcome.nbytes["up"]) is (protocol != "mpc_inference")  # which trains in one place
+        assert "share" in outcome.nbytes["up"]
         assert outcome.nbytes["between"]["gloo"] > 0
     if not PROTOCOLS[protocol].activations_cross:
         assert outcome.leakage == []

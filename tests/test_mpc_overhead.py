@@ -1,5 +1,6 @@
 """What computing on shares costs, end to end at toy size: each way against its plain twin; record, bench, picture."""
 
+import gc
 import shlex
 import subprocess
 from collections import OrderedDict
@@ -294,14 +295,18 @@ def test_every_protocol_on_shares_trains(name: str) -> None:
     assert (done.record is not None) is (name == "splitfed_v2_secure")
     if name != "splitfed_v2_secure":
         assert done.nbytes["between"]["gloo"] > 0
-    if name == "mpc_inference":  # it trains in one place, and nothing crosses
-        assert done.nbytes["up"] == done.nbytes["down"] == {}
+    assert done.nbytes["up"]["share"] > 0
+    if name == "mpc_inference":  # it trains in one place, and what crosses are predictions of the test set
+        assert done.nbytes["up"]["share"] == 8 * len(splits.test) * 64
+        assert done.nbytes["down"]["share"] == 2 * 8 * len(splits.test) * 10
     else:
         first, last = done.losses
         assert last < first
-        assert done.nbytes["up"]["share"] > 0
     if name not in ("mpc_vertical", "splitfed_v2_secure"):  # the model that its owner gets is what was trained
-        torch.testing.assert_close(predict(done.chain, splits.test.x[:20]), done.model(splits.test.x[:20]).detach())
+        plain = done.model(splits.test.x[:20]).detach()
+        torch.testing.assert_close(predict(done.chain, splits.test.x[:20]), plain, atol=1e-3, rtol=1e-3)
+    del done  # and with it the servers that answer for its chain
+    gc.collect()
 
 
 def test_secure_aggregation_leaves_the_same_weights() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from privacy.mpc.evaluation import Clock, Evaluated, fresh, of_share
 from privacy.mpc.layers import Layer, plain_stage
-from privacy.mpc.seat import crypten
+from privacy.mpc.seat import crypten, exact_truncation
 from privacy.mpc.sharing import held
 from splitlearn.frames import Kind
 from splitlearn.misfit import MISFITS, why_no_output
@@ -104,12 +104,12 @@ class Stage:
         if y.shape != out.size():
             raise ValueError(f"{self.name}: expected one label a sample of {out.size(1)} classes, got {tuple(y.shape)}")
         target = of_share(y)
-        with self._clock.on("softmax"), crypten.no_grad():
+        with self._clock.on("softmax"), exact_truncation(), crypten.no_grad():
             answers = out.softmax(1)
             g = answers.sub(target)
         loss: dict[str, Tensor] = {}
         if told["loss"]:
-            with self._clock.on("loss"), crypten.no_grad():
+            with self._clock.on("loss"), exact_truncation(), crypten.no_grad():
                 right = answers.mul(target).sum(1)
                 loss = {f"{Kind.SHARE}/loss": fresh(right.log(input_in_01=True).neg().sum())}
         g = self._evaluated.backward(g)

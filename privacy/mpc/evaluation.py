@@ -7,18 +7,20 @@ either direction is known, and nothing is kept where no gradient comes back.
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import ceil, log2
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from privacy.mpc.layers import Layer
-from privacy.mpc.seat import crypten
+from privacy.mpc.seat import crypten, exact_truncation, truncated
 from privacy.mpc.sharing import BITS, WEIGHT_BITS
 
 __all__ = ["OPERATIONS", "Clock", "Evaluated", "fresh", "of_share"]
 
+LEAST_FACTOR_BITS = 40  # so many bits the least learning rate over the batch has before its first digit that counts
 Shared: Any = crypten.mpc.MPCTensor
 OPERATIONS = {
     "Linear": "linear", "Conv1d": "linear", "Conv2d": "linear", "ReLU": "relu", "LeakyReLU": "relu",
@@ -64,7 +66,8 @@ class Evaluated:
     def load(self, masters: Mapping[str, Tensor]) -> None:
         """Take over shares of weights."""
         self.masters = dict(masters)
-        self.weights = {name: _cut(share) for name, share in self.masters.items()}
+        cut = _truncated(self.masters, WEIGHT_BITS - BITS)
+        self.weights = {name: of_share(share) for name, share in cut.items()}
 
     @property
     def out_shape(self) -> Any:
@@ -81,7 +84,7 @@ class Evaluated:
         own, kept = of_share(x), []
         for layer in self.layers:
             parameters = {name.rpartition(".")[2]: one for name, one in self._of(layer).items()}
-            with self._clock.on(OPERATIONS[layer.kind]):
+            with self._clock.on(OPERATIONS[layer.kind]), exact_truncation() if keep else nullcontext():
                 if keep:
                     own = of_share(own.share)  # a leaf: CrypTen's detach() keeps what it came from
                     own.requires_grad = True
@@ -101,7 +104,7 @@ class Evaluated:
         assert self._kept is not None
         kept, self._kept = self._kept, None
         for layer, x, out in reversed(kept):
-            with self._clock.on(OPERATIONS[layer.kind]):
+            with self._clock.on(OPERATIONS[layer.kind]), exact_truncation():
                 out.backward(grad_input=g)
                 g = x.grad
         return g
@@ -109,14 +112,13 @@ class Evaluated:
     def step(self, rate: float, momentum: float) -> None:
         """Take one step of SGD, as torch's: v ← momentum·v + g, w ← w − rate·v."""
         with self._clock.on("update"):
-            for name, weight in self.weights.items():
-                change = weight.grad.share
-                if momentum:
-                    before = self.momentum.get(name)
-                    change = change if before is None else scaled(before, momentum, BITS) + change
-                    self.momentum[name] = change
-                self.masters[name] = self.masters[name] - scaled(change, rate, WEIGHT_BITS)
-                self.weights[name] = _cut(self.masters[name])
+            changes = {name: weight.grad.share for name, weight in self.weights.items()}
+            if momentum:
+                before = _scaled(self.momentum, momentum, BITS)
+                self.momentum = {n: g + before[n] if n in before else g for n, g in changes.items()}
+                changes = self.momentum
+            steps = _scaled(changes, rate, WEIGHT_BITS)
+            self.load({name: master - steps[name] for name, master in self.masters.items()})
 
     def _of(self, layer: Layer) -> dict[str, Any]:
         return {name: one for name, one in self.weights.items() if name.rpartition(".")[0] == layer.name}
@@ -133,16 +135,20 @@ def fresh(tensor: Any) -> Tensor:
     return tensor.share + zero.share
 
 
-def scaled(share: Tensor, factor: float, bits: int) -> Tensor:
-    """Return the share of a public multiple with so many bits of fraction; 16 bits of the factor count at least."""
-    extra = max(0, ceil(-log2(factor))) if factor > 0 else 0
-    product = share * round(factor * (1 << (BITS + extra)))
-    return product.div(1 << (2 * BITS + extra - bits), rounding_mode="trunc")
+def _scaled(shares: Mapping[str, Tensor], factor: float, bits: int) -> dict[str, Tensor]:
+    """Return shares of a public multiple with so many bits of fraction; 16 bits of the factor count, down to 2^-40."""
+    extra = min(LEAST_FACTOR_BITS, max(0, ceil(-log2(factor)))) if factor > 0 else 0
+    multiple = round(factor * (1 << (BITS + extra)))
+    return _truncated({name: share * multiple for name, share in shares.items()}, 2 * BITS + extra - bits)
 
 
-def _cut(master: Tensor) -> Any:
-    """Return a weight as products take it."""
-    return of_share(master.div(1 << (WEIGHT_BITS - BITS), rounding_mode="trunc"))
+def _truncated(shares: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """Return the shares with so many bits less of fraction, all at one opening."""
+    if not shares or not bits:
+        return dict(shares)
+    every = truncated(torch.cat([share.flatten() for share in shares.values()]), bits)
+    parts = every.split([share.numel() for share in shares.values()])
+    return {name: part.reshape(shares[name].shape) for name, part in zip(shares, parts, strict=True)}
 
 
 def _linear(x: Any, own: Mapping[str, Any], _: Mapping[str, Any]) -> Any:

@@ -42,9 +42,10 @@ class SharedStage:
       batch, not as means, so that they have as many digits as activations.
     - Deviations: of CrypTen's approximations, which ``learn`` takes, exp is (1 + x/256)^256 and log is good to 2 %, so
       that the loss it reveals differs from the plain one by some hundredths, and gradients by about a hundredth;
-      ``forward`` and ``backward`` are exact to fixed point. Truncation of a product wraps around, rarely (for values of
-      order 1 once in 4·10^9): what comes of it is mostly out of range, and told of. Not always: in a step of SGD it
-      moves one weight by 2^32·lr/batch, which for an lr/batch below 2^-12 is in range, and is trained on in silence.
+      ``forward`` and ``backward`` are exact to fixed point, and so are steps of SGD: every product of a training is cut
+      back exactly (``truncation``), as long as it is below 2^30. Those of ``predict`` are cut back by each server
+      alone, which saves a round each and wraps around, rarely (for values of order 1 once in 4·10^9): what comes of it
+      is out of range, and told of, unless a ReLU above takes it for a zero. No weight depends on it.
     - Every weight of the stage trains, those with ``requires_grad=False`` too; ``lr=0`` freezes all.
     """
 

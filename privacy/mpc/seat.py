@@ -8,6 +8,9 @@ through, and no environment variables.
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
@@ -19,8 +22,9 @@ from privacy.mpc.compat import LOOPBACK, load_crypten
 from privacy.mpc.memory import Memory
 from privacy.mpc.randomness import SEED_NBYTES, Stream
 from privacy.mpc.sharing import BITS, SERVERS
+from privacy.mpc.truncation import MOST_BITS, masks, positive, quotient
 
-__all__ = ["DEALER", "Seat", "deal", "take_seat"]
+__all__ = ["DEALER", "Seat", "deal", "exact_truncation", "take_seat", "truncated"]
 
 crypten = load_crypten()
 Communicator: Any = crypten.communicator.DistributedCommunicator
@@ -30,6 +34,7 @@ DEALER = SERVERS  # its rank
 WORDS = SEED_NBYTES // 8
 CPU = torch.device("cpu")
 IDLE = timedelta(days=365)
+_exact: ContextVar[bool] = ContextVar("exact", default=False)
 
 
 class Seat(Communicator):
@@ -93,6 +98,10 @@ class Dealer(ttp.TTPServer):
             dist.send(_as_words(seed), rank, group=group)
         self.generators = [Stream(seed, f"dealt{rank}") for rank, seed in enumerate(seeds)]
 
+    def truncation(self, size: torch.Size, bits: int) -> Tensor:
+        """Return server 0's shares of what ``masks`` says of a mask, whose shares both have drawn."""
+        return torch.stack(masks(self._get_additive_PRSS(size), bits)) - self._get_additive_PRSS((2, *size), True)
+
 
 def take_seat(rank: int, rendezvous: str, seconds: float, memory: Memory, *, insecure_trust_first_party: bool) -> Seat:
     """Sit down as server 0 or 1, or as the dealer; returns when all have, or fails when the time is up."""
@@ -103,6 +112,7 @@ def take_seat(rank: int, rendezvous: str, seconds: float, memory: Memory, *, ins
     seat = Seat(rank, rendezvous, seconds, memory, dealer=dealer)
     Communicator.instance = seat
     _draw_from_streams(memory)
+    _truncate_exactly_when_asked()
     if rank < SERVERS:
         for name, stream in _streams(seat).items():
             crypten.generators[name] = {CPU: stream}
@@ -120,6 +130,61 @@ def deal() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that CrypTen is initialised already
         Dealer()
+
+
+def truncated(share: Tensor, bits: int) -> Tensor:
+    """Return the share of v / 2^bits, exactly one of v's neighbours, for |v| below 2^62; see ``truncation``.
+
+    One request to the dealer and one opening of as many elements.
+    """
+    if not 0 < bits <= MOST_BITS:
+        raise ValueError(f"expected to cut off from 1 to {MOST_BITS} bits, got {bits}")
+    seat, primitives = crypten.communicator.get(), crypten.mpc.primitives
+    mask, (low, high) = _truncation_masks(share.shape, bits, first=seat.rank == 0)
+    masked = positive(share, first=seat.rank == 0) + mask
+    opened = primitives.ArithmeticSharedTensor.from_shares(masked, precision=0).reveal()
+    return quotient(opened, low, high, bits, first=seat.rank == 0)
+
+
+def _truncation_masks(size: torch.Size, bits: int, *, first: bool) -> tuple[Tensor, Tensor]:
+    """Return shares of a mask and of what ``masks`` says of it, as the provider has them."""
+    drawn = crypten.common.rng.generate_random_ring_element
+    if crypten.config.cfg.mpc.provider == "TFP":  # server 0 draws it, and shares it out
+        mask = drawn(size)
+        every = torch.stack([mask, *masks(mask, bits)])
+        share = crypten.mpc.primitives.ArithmeticSharedTensor(every, precision=0, src=0).share
+        return share[0], share[1:]
+    client = ttp.TTPClient.get()
+    mask = drawn(size, generator=client.generator)
+    if first:
+        return mask, client.ttp_request("truncation", CPU, size, bits)
+    return mask, drawn((2, *size), generator=client.generator)
+
+
+@contextmanager
+def exact_truncation() -> Iterator[None]:
+    """Have CrypTen's products cut back exactly in the block, where it would have each server truncate by itself."""
+    token = _exact.set(True)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+def _truncate_exactly_when_asked() -> None:
+    shared = crypten.mpc.primitives.ArithmeticSharedTensor
+    by_itself = shared.div_
+
+    def div_(self: Any, y: Any) -> Any:
+        if not _exact.get() or not isinstance(y, int) or y == 1:
+            return by_itself(self, y)
+        bits, share = y.bit_length() - 1, self.share
+        if y != 1 << bits:  # a window of nine, say
+            bits, share = BITS, share * round((1 << BITS) / y)
+        self.share = truncated(share, bits)
+        return self
+
+    shared.div_ = div_
 
 
 def _streams(seat: Seat) -> dict[str, Stream]:
