@@ -33,7 +33,7 @@ from splitlearn.federation import (
     splitfed_v3_round,
 )
 from splitlearn.frames import Codec
-from splitlearn.party import Learner
+from splitlearn.party import Learner, Party
 from splitlearn.protocols import Join, u_shaped, vertical
 from splitlearn.remote import Remote, Wire, wire
 from splitlearn.service import Service
@@ -56,6 +56,7 @@ __all__ = [
     "vertical_parts",
 ]
 
+Infiltrate = Callable[[Learner], Party]  # whoever takes the place of this server
 LABELLED = ["the activation of every sample, in training and prediction", "the labels", "the loss"]
 UNLABELLED = ["the activation of every sample, in training and prediction", "gradients of the loss at its output"]
 FED = ["every client's weights after every round", "how many samples each client has"]
@@ -71,9 +72,14 @@ def train_unsplit(training: Training, splits: Splits, shield: Shield) -> Trained
     return Trained([whole], model, losses, {}, {"nobody": ["nothing crosses"]}, splits.private.x, splits.private.y)
 
 
-def train_vanilla(training: Training, splits: Splits, shield: Shield) -> Trained:
-    """Vanilla split learning: the server learns the labels; several clients take turns and hand their bottom on."""
-    table = _table(training, splits, shield, shared=True)
+def train_vanilla(
+    training: Training, splits: Splits, shield: Shield, *, infiltrate: Infiltrate | None = None
+) -> Trained:
+    """Vanilla split learning: the server learns the labels; several clients take turns and hand their bottom on.
+
+    ``infiltrate`` returns whoever takes the server's place, where there is one client.
+    """
+    table = _table(training, splits, shield, shared=True, infiltrate=infiltrate)
     if training.clients == 1:
         losses = table.rounds(lambda: apart_round(table.members))
         return table.finished(losses, {"server": LABELLED, "client": NOTHING})
@@ -82,13 +88,16 @@ def train_vanilla(training: Training, splits: Splits, shield: Shield) -> Trained
     return table.finished(losses, {"server": [*LABELLED, "every bottom handed on"], "client": NOTHING})
 
 
-def train_u_shaped(training: Training, splits: Splits, shield: Shield) -> Trained:
+def train_u_shaped(
+    training: Training, splits: Splits, shield: Shield, *, infiltrate: Infiltrate | None = None
+) -> Trained:
     """U-shaped split learning: bottom, head and labels stay with the client, the server holds the middle."""
     model = build_model(splits, seed=training.seed).to(training.device)
     bottom, middle, head = cut(model, training.cut, len(model) - 1)
     client = _client(training, bottom, shield, 0)
     top = Learner("head", head, optimizer_for(head, training), seed=training.seed + 7)
-    line = wire(_server(training, middle), shield.codec)
+    server = _server(training, middle)
+    line = wire(server if infiltrate is None else infiltrate(server), shield.codec)
     batches = _batches(training, splits.private.x, splits.private.y)
     step = partial(u_shaped, client, line.party, top)
     losses = fit(epochs_of(step, batches), epochs=training.epochs).losses
@@ -264,13 +273,18 @@ class _Table:
         )
 
 
-def _table(training: Training, splits: Splits, shield: Shield, *, shared: bool) -> _Table:
+def _table(
+    training: Training, splits: Splits, shield: Shield, *, shared: bool, infiltrate: Infiltrate | None = None
+) -> _Table:
     """Set the clients around a server whose stage they share, or of which each has a copy."""
+    if infiltrate is not None and training.clients != 1:
+        raise ValueError(f"expected one client where the server is infiltrated, got {training.clients}")
     bottom, top = cut(build_model(splits, seed=training.seed).to(training.device), training.cut)
     server = _server(training, top)
     clients = [_client(training, bottom, shield, number) for number in range(training.clients)]
     sessions = {one.name: server.session(one.name) if shared else server.replica(one.name) for one in clients}
-    wires = [wire(session, shield.codec) for session in sessions.values()]
+    seated: list[Party] = list(sessions.values()) if infiltrate is None else [infiltrate(server)]
+    wires = [wire(one, shield.codec) for one in seated]
     batches = _shares(training, splits)
     members = [Member(one, line.party, own) for one, line, own in zip(clients, wires, batches, strict=True)]
     remote, meters = over_wires(members)

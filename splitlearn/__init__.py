@@ -23,7 +23,7 @@ from splitlearn.party import Guard, Guards, Learner, Party
 from splitlearn.protocols import Joined, concatenated, parallel, summed, u_shaped, vanilla, vertical
 from splitlearn.remote import Remote, wire
 from splitlearn.service import Service
-from splitlearn.threat import Encoder, Grants, Threat, View, observe
+from splitlearn.threat import Encoder, Grants, Threat, View, granted, observe
 from splitlearn.train import Batches, epochs_of, evaluate, fit, predict
 from splitlearn.wire import Emulated, Framed, Metered, Recorded, Transport, serve
 
@@ -33,7 +33,7 @@ __all__ = [
     "Batches", "Emulated", "Encoder", "ErrorFeedback", "Features", "Float16", "Framed", "Grants", "Guard", "Guards",
     "Int8", "Joined", "Kind", "Learner", "Member", "Message", "Metered", "Party", "Recorded", "Remote", "RemoteMember",
     "Service", "Threat", "TopK", "Transport", "View", "Zstd", "apart_round", "batch_norm_entries", "concatenated",
-    "cut", "decode", "encode", "epochs_of", "evaluate", "fedavg_round", "fit", "in_turn_round", "join",
+    "cut", "decode", "encode", "epochs_of", "evaluate", "fedavg_round", "fit", "granted", "in_turn_round", "join",
     "load_checkpoint", "mean", "observe", "parallel", "parallel_round", "predict", "sample", "save_checkpoint", "serve",
     "splitfed_v1_round", "splitfed_v2_round", "splitfed_v3_round", "summed", "u_shaped", "vanilla", "vertical", "wire",
 ]  # fmt: skip

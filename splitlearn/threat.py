@@ -16,7 +16,7 @@ from splitlearn.frames import Codec, Kind, Message
 from splitlearn.party import Guard
 from splitlearn.wire import Exchange, Recorded
 
-__all__ = ["Encoder", "Grants", "Threat", "View", "observe"]
+__all__ = ["Encoder", "Grants", "Threat", "View", "granted", "observe"]
 
 T = TypeVar("T")
 
@@ -191,6 +191,11 @@ def observe(
             f"expected the whole transcript, {dropped} exchanges were dropped; raise Recorded(max_nbytes=…)"
         )
     exchanges = tuple(_filtered(exchange, threat.sees, device) for one in recorded for exchange in one.exchanges)
+    return replace(granted(threat, grants), exchanges=exchanges)
+
+
+def granted(threat: Threat, grants: Grants | None = None) -> View:
+    """Return the view of one adversary before anything has crossed: what its threat lets it know."""
     given = grants if grants is not None else Grants()
     encoder = copy.copy(given.encoder) if threat.white_box or threat.queries else None
     if encoder is not None:
@@ -200,7 +205,7 @@ def observe(
         given.auxiliary_x if threat.auxiliary else None,
         given.auxiliary_y if threat.auxiliary_labels else None,
     )
-    return View(threat, exchanges, handed)
+    return View(threat, (), handed)
 
 
 def _filtered(exchange: Exchange, kinds: frozenset[Kind], device: torch.device | str | None) -> Exchange:

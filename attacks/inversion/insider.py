@@ -1,0 +1,67 @@
+"""Insider: an attack that takes part in the training, as a party in the server's place."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from attacks.inversion.reconstruction import Reconstruction
+from splitlearn import Learner, Party, View
+
+__all__ = ["Infiltration", "Insider"]
+
+
+class Insider:
+    """A server with aims of its own: it keeps a party's methods, and afterwards is called as an ``Inversion``.
+
+    This one does as the honest ``server`` does, whose stage is its own, and learns nothing. A passive attack adds what
+    it learns on the way and answers as the honest server would, bit for bit; an active one answers with lies.
+    """
+
+    def __init__(self, server: Learner):
+        self.server, self.name = server, server.name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the middle stage's output, in the U shape."""
+        return self.server.forward(x)
+
+    def backward(self, g: Tensor) -> Tensor | None:
+        """Take the gradient of the last output; return that of the activation, in the U shape."""
+        return self.server.backward(g)
+
+    def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Take activations and labels; return the loss and the gradient at the cut."""
+        return self.server.learn(z, y)
+
+    def label(self, y: Tensor) -> Tensor:
+        """Return the labels, as a server does that holds them."""
+        return self.server.label(y)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Return the stage's output in evaluation mode."""
+        return self.server.predict(x)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return clones of the stage's parameters and buffers."""
+        return self.server.weights()
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over parameters and buffers."""
+        self.server.load_weights(weights)
+
+    def __call__(self, view: View) -> Reconstruction:
+        """Return an estimate of the input behind each activation of the view's predict requests."""
+        raise NotImplementedError
+
+
+class Infiltration(Protocol):
+    """A frozen set of settings, which puts an insider in a server's place.
+
+    ``view`` is what it knows before training (``granted``): samples of its own, for the most part.
+    """
+
+    def insider(self, server: Learner, view: View) -> Insider:
+        """Return the party that takes the server's place."""
+
+
+_party: type[Party] = Insider  # checked by mypy: it keeps a party's methods
