@@ -152,7 +152,10 @@ def train_mpc_vertical(training: Training, splits: Splits, shield: Shield) -> Tr
     with Servers() as servers:
         stage = _shared(training, servers, top)
         sessions = [stage.client(one.name) for one in holders]
-        batches = Batches(torch.arange(len(private)), private.y, batch_size=training.batch_size, seed=training.seed)
+        batches = Batches(
+            torch.arange(len(private)), private.y, batch_size=training.batch_size, seed=training.seed,
+            drop_last=len(private) % training.batch_size == 1,  # a joint step of one sample would tell of it
+        )  # fmt: skip
         step = partial(mpc_vertical, stage, sessions, holders)
         losses = fit(epochs_of(step, batches), epochs=training.epochs).losses
         top.load_state_dict(stage.weights())

@@ -754,3 +754,83 @@ def test_a_layer_that_stands_twice_is_applied_twice(servers: Servers) -> None:
     relu = nn.ReLU()
     plain, (x, _) = nn.Sequential(nn.Linear(8, 6), relu, nn.Linear(6, 4), relu), data(6)
     assert float((SharedStage(servers, plain).predict(x) - plain(x)).detach().abs().max()) < CLOSE
+
+
+# Where CrypTen's approximations end
+
+
+@pytest.mark.parametrize("spread", [10.0, 300.0, 600.0, 4000.0])
+def test_a_loss_on_shares_holds_however_far_logits_are_apart(spread: float, servers: Servers) -> None:
+    plain = nn.Linear(3, 3)
+    with torch.no_grad():
+        plain.weight.copy_(torch.eye(3))
+        plain.bias.zero_()
+    stage = SharedStage(servers, plain, lr=1e-4, loss_to="nobody")
+    x, y = torch.tensor([[spread, 0.0, 1.0], [0.0, spread, -spread]]), torch.tensor([0, 2])
+    _, g = stage.learn(x.requires_grad_(), y)
+    logits = plain(x)
+    cross_entropy(logits, y).backward()
+    assert g is not None
+    assert x.grad is not None
+    assert float((g - x.grad).abs().max()) < 0.02
+    for key, weight in stage.weights().items():
+        gradient = plain.get_parameter(key).grad
+        assert gradient is not None
+        moved = plain.state_dict()[key] - weight
+        assert float((moved - 1e-4 * gradient).abs().max()) < 1e-4 * (0.02 * spread + 0.1), key
+
+
+def test_more_classes_than_the_reciprocal_holds_for_are_refused(servers: Servers) -> None:
+    stage = SharedStage(servers, nn.Linear(2, 250), lr=0.1)
+    with pytest.raises(ValueError, match=r"at most 249 classes.*got 250; keep the loss with the client"):
+        stage.learn(torch.rand(2, 2), torch.tensor([0, 1]))
+    top = nn.Linear(2, 249)
+    nn.init.zeros_(top.weight)
+    nn.init.zeros_(top.bias)
+    z = torch.rand(2, 2)
+    stage = SharedStage(servers, top, lr=1.0)
+    stage.learn(z, torch.tensor([0, 1]))
+    assert float(stage.weights()["bias"][:3].sum() - (1 - 3 / 249)) == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize("kernel", [3, 7, 28])
+def test_the_mean_of_a_window_is_exact_in_training_too(kernel: int, servers: Servers) -> None:
+    stage = SharedStage(servers, nn.Sequential(nn.AvgPool2d(kernel)))
+    x = torch.ones(1, 1, kernel, kernel).requires_grad_()
+    assert stage.forward(x).item() == pytest.approx(1, abs=1e-4)
+    g = stage.backward(torch.full((1, 1, 1, 1), 100.0))
+    assert g is not None
+    assert float(g.sum()) == pytest.approx(100, rel=1e-2)
+
+
+def test_a_refused_step_leaves_no_other_in_its_place(servers: Servers) -> None:
+    stage = SharedStage(servers, nn.Linear(4, 3), lr=0.1)
+    client = stage.client("one")
+    x = torch.rand(2, 4)
+    stage.forward(torch.rand(2, 4))
+    client.offer(x)
+    with pytest.raises(ValueError, match="labels from 0 to 2"):
+        stage.learn_joined([client], torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="open step"):
+        stage.backward(torch.ones(2, 3))
+    client.offer(x)
+    stage.learn_joined([client], torch.tensor([0, 1]))
+    client.offer(x)
+    with pytest.raises(ValueError, match="one label a sample"):
+        stage.learn_joined([client], torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="joint step"):
+        client.collect(x)
+
+
+def test_a_joint_step_of_one_sample_is_refused(servers: Servers) -> None:
+    stage = SharedStage(servers, nn.Linear(4, 3), lr=0.1)
+    client = stage.client("alone")
+    client.offer(torch.rand(1, 4))
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        stage.learn_joined([client], torch.tensor([0]))
+
+
+def test_a_session_takes_nobodys_name(servers: Servers) -> None:
+    stage = SharedStage(servers, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="a session of a new name"):
+        servers.desk("admit", {"session": stage.session, "stage": stage.session})

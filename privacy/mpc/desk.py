@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from privacy.mpc.evaluation import Clock, Evaluated, fresh, of_share
+from privacy.mpc.evaluation import Clock, Evaluated, fresh, of_share, softmax
 from privacy.mpc.layers import Layer, plain_stage
 from privacy.mpc.seat import crypten, exact_truncation
 from privacy.mpc.sharing import held
@@ -102,10 +102,11 @@ class Stage:
         """Return the gradient of the loss summed over the batch, and that sum where it is to be revealed."""
         out = self._evaluated.forward(x, keep=True)
         if y.shape != out.size():
+            self._evaluated.abandon()
             raise ValueError(f"{self.name}: expected one label a sample of {out.size(1)} classes, got {tuple(y.shape)}")
         target = of_share(y)
         with self._clock.on("softmax"), exact_truncation(), crypten.no_grad():
-            answers = out.softmax(1)
+            answers = softmax(out)
             g = answers.sub(target)
         loss: dict[str, Tensor] = {}
         if told["loss"]:
@@ -123,7 +124,7 @@ class Stage:
     def _taken(self, sessions: list[str]) -> dict[str, Tensor]:
         if missing := [name for name in sessions if name not in self.offered]:
             raise ValueError(f"{self.name}: expected activations of {', '.join(missing)}, got none; offer them first")
-        taken, self.offered = {name: self.offered[name] for name in sessions}, {}
+        taken, self.offered, self.owed = {name: self.offered[name] for name in sessions}, {}, {}
         return taken
 
     def _side_by_side(self, parts: Mapping[str, Tensor]) -> Tensor:
@@ -179,13 +180,19 @@ class Desk:
         layers = [Layer.of(one) for one in told["layers"]]
         _check_weights(layers, weights)
         evaluated = Evaluated(layers, weights, self._clock)
+        self._check_new(told["session"])
         self._sessions[told["session"]] = Stage(told["session"], evaluated, self._clock)
         return {}
 
     def _admit(self, tensors: Tensors) -> dict[str, Tensor]:
         told = settings_of(need(tensors, Kind.PARAMETERS))
+        self._check_new(told["session"])
         self._sessions[told["session"]] = Client(told["session"], self._sessions[told["stage"]])
         return {}
+
+    def _check_new(self, name: str) -> None:
+        if name in self._sessions:
+            raise ValueError(f"expected a session of a new name, got {name!r} again")
 
     def _close(self, tensors: Tensors) -> dict[str, Tensor]:
         self._sessions.pop(settings_of(need(tensors, Kind.PARAMETERS))["session"], None)

@@ -18,9 +18,10 @@ from privacy.mpc.layers import Layer
 from privacy.mpc.seat import crypten, exact_truncation, truncated
 from privacy.mpc.sharing import BITS, WEIGHT_BITS
 
-__all__ = ["OPERATIONS", "Clock", "Evaluated", "fresh", "of_share"]
+__all__ = ["OPERATIONS", "Clock", "Evaluated", "fresh", "of_share", "softmax"]
 
 LEAST_FACTOR_BITS = 40  # so many bits the least learning rate over the batch has before its first digit that counts
+FAR_BELOW = 64
 Shared: Any = crypten.mpc.MPCTensor
 OPERATIONS = {
     "Linear": "linear", "Conv1d": "linear", "Conv2d": "linear", "ReLU": "relu", "LeakyReLU": "relu",
@@ -133,6 +134,17 @@ def fresh(tensor: Any) -> Tensor:
     """Return this server's share, masked anew: of the way that it was computed it then says nothing."""
     zero = crypten.mpc.primitives.ArithmeticSharedTensor.PRZS(tuple(tensor.share.shape))
     return tensor.share + zero.share
+
+
+def softmax(logits: Any) -> Any:
+    """Return the softmax over the second dimension; CrypTen's own, whose exponential turns back up below −512.
+
+    What is 64 and more below the greatest is taken to be 64 below, which fixed point has as 0.
+    """
+    below = logits.sub(logits.max(1, keepdim=True)[0]).add(FAR_BELOW).relu().sub(FAR_BELOW)
+    shares = below.exp()
+    with crypten.cfg.temp_override({"functions.reciprocal_all_pos": True}):
+        return shares.mul(shares.sum(1, keepdim=True).reciprocal())
 
 
 def _scaled(shares: Mapping[str, Tensor], factor: float, bits: int) -> dict[str, Tensor]:

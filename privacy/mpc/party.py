@@ -16,6 +16,8 @@ from splitlearn.wire import Metered
 
 __all__ = ["SharedStage", "SharedTop", "StageClient"]
 
+MOST_CLASSES = 249  # CrypTen's reciprocal starts from an exponential, which diverges from 256 on
+LEAST_JOINED = 2
 LossTo = Literal["client", "nobody"]
 Replies = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 
@@ -29,10 +31,13 @@ class SharedStage:
 
     | | the client, who owns the stage | each server | the dealer |
     | --- | --- | --- | --- |
-    | ``learn`` | the gradient at the cut, and the loss if ``loss_to="client"`` | masked values, shapes | shapes |
-    | ``forward``, ``backward`` | the outputs, the gradient at the cut | masked values, shapes | shapes |
+    | ``learn`` | the gradient at the cut, and the loss if ``loss_to="client"`` | masked values, shapes | shapes, bits |
+    | ``forward``, ``backward`` | the outputs, the gradient at the cut | masked values, shapes | shapes, bits |
     | ``predict`` | the outputs | masked values, shapes | shapes |
     | ``weights`` | the weights | shapes | nothing |
+
+    Shapes are those of products, with the kinds of operations; bits are how many a truncation cuts off, which gives the
+    dealer the magnitudes of momentum and of the learning rate over the batch, too.
 
     - Protects: activations, labels, gradients and weights from each server and from the dealer.
     - Does not protect: what the client is told (above) from the client; what an output tells of the weights; see
@@ -41,11 +46,15 @@ class SharedStage:
       ±8192, and what is revealed within ±2^20, or the step ends with an error. Gradients are shared as sums over the
       batch, not as means, so that they have as many digits as activations.
     - Deviations: of CrypTen's approximations, which ``learn`` takes, exp is (1 + x/256)^256 and log is good to 2 %, so
-      that the loss it reveals differs from the plain one by some hundredths, and gradients by about a hundredth;
-      ``forward`` and ``backward`` are exact to fixed point, and so are steps of SGD: every product of a training is cut
-      back exactly (``truncation``), as long as it is below 2^30. Those of ``predict`` are cut back by each server
-      alone, which saves a round each and wraps around, rarely (for values of order 1 once in 4·10^9): what comes of it
-      is out of range, and told of, unless a ReLU above takes it for a zero. No weight depends on it.
+      that the loss it reveals differs from the plain one by some hundredths, and gradients by about a hundredth; its
+      reciprocal holds for fewer than 250 classes, and more are refused. ``forward`` and ``backward`` are exact to fixed
+      point, and so are steps of SGD: every product of a training is cut back exactly (``truncation``), as long as it is
+      below 2^30. Past that it is wrong, which nobody checks inside a stage: keep activations and gradients scaled.
+    - Products of ``predict`` are cut back by each server alone, which saves a round each and wraps around, rarely (for
+      values of order 1 once in 4·10^9): what comes of it is mostly out of range, and told of; a ReLU or a very small
+      weight above can hide it. No weight depends on it.
+    - Whoever opened the stage can read its weights between steps, and a step of few samples tells of their activations:
+      in ``mpc_vertical``, of those of other clients. A joint step of one sample is refused for that.
     - Every weight of the stage trains, those with ``requires_grad=False`` too; ``lr=0`` freezes all.
     """
 
@@ -158,6 +167,12 @@ class SharedStage:
 
     def learn_joined(self, clients: Sequence["StageClient"], y: Tensor) -> Tensor:
         """Learn from the activations that these have offered, side by side; each then collects his gradient."""
+        self._forwarded = None
+        if len(y) < LEAST_JOINED:
+            raise ValueError(
+                f"{self.name}: expected a joint step of at least {LEAST_JOINED} samples, got {len(y)}, whose "
+                "activation its weights would tell; use larger batches, or leave out a short last one by drop_last=True"
+            )
         told = self._told(len(y), wanted=True)
         told |= {"loss": self.loss_to == "client", "sessions": [client.session for client in clients]}
         replies = self._pair.ask("learn_joined", told, shared({"y": self._one_hot(y)}))
@@ -197,12 +212,20 @@ class SharedStage:
 
     def _one_hot(self, y: Tensor) -> Tensor:
         outputs = self.classes
+        self._check_classes(outputs)
         if y.dtype is not torch.int64 or y.ndim != 1 or not bool(((y >= 0) & (y < outputs)).all()):
             raise ValueError(
                 f"{self.name}: expected labels from 0 to {outputs - 1}, int64 [batch], got {y.dtype} of shape "
                 f"{tuple(y.shape)}{f', {y.min().item():g} to {y.max().item():g}' if y.numel() else ''}"
             )
         return encoded(nn.functional.one_hot(y, outputs).double(), "labels")
+
+    def _check_classes(self, outputs: int) -> None:
+        if outputs > MOST_CLASSES:
+            raise ValueError(
+                f"{self.name}: expected at most {MOST_CLASSES} classes, for which the softmax on shares holds, got "
+                f"{outputs}; keep the loss with the client: mpc_u_shaped"
+            )
 
     @property
     def classes(self) -> int:

@@ -11,23 +11,26 @@ from splitlearn.protocols import u_shaped, vanilla
 __all__ = ["LEARNS", "JoinedOnShares", "mpc_2pc", "mpc_inference", "mpc_u_shaped", "mpc_vertical"]
 
 MASKED = "uniformly random shares, masked values, shapes, the learning rate, how often and when"
+DEALT = "shapes and kinds of products, how many bits are cut off (so the magnitudes of momentum and lr over the batch)"
 LEARNS: Mapping[str, Mapping[str, list[str]]] = {
     "mpc_2pc": {
-        "server 0": [MASKED], "server 1": [MASKED], "dealer": ["the shapes of products"],
+        "server 0": [MASKED], "server 1": [MASKED], "dealer": [DEALT],
         "client": ["the gradient at the cut", "the mean loss, if agreed", "the weights, which are its own"],
     },
     "mpc_u_shaped": {
-        "server 0": [MASKED], "server 1": [MASKED], "dealer": ["the shapes of products"],
+        "server 0": [MASKED], "server 1": [MASKED], "dealer": [DEALT],
         "client": ["the outputs of the servers' stage", "the gradient at the cut", "the weights, which are its own"],
     },
     "mpc_inference": {
-        "server 0": [MASKED], "server 1": [MASKED], "dealer": ["the shapes of products"],
+        "server 0": [MASKED], "server 1": [MASKED], "dealer": [DEALT],
         "client": ["the outputs, and what they tell of the weights"], "owner of the model": ["nothing"],
     },
     "mpc_vertical": {
-        "server 0": [MASKED], "server 1": [MASKED], "dealer": ["the shapes of products"],
+        "server 0": [MASKED], "server 1": [MASKED], "dealer": [DEALT],
         "each client": ["the gradient of its own part of the cut"],
-        "owner of labels and model": ["the mean loss, if agreed", "the weights, which are its own"],
+        "owner of labels and model": [
+            "the mean loss, if agreed", "the weights, which are its own, and what their steps tell of few samples",
+        ],
     },
     "secure_mean": {
         "server 0": ["uniformly random shares and shapes"], "server 1": ["uniformly random shares and shapes"],
@@ -67,8 +70,9 @@ def mpc_vertical(
     """Each client shares the activation of its own features of the samples ``ids``; the top sees them side by side.
 
     ``sessions`` are the clients' own, ``servers.client(name)``, in their order; ``y`` (batch,) belongs to whoever
-    opened ``servers``. Unlike in ``vertical``, nobody sees a client's activation, and no client another's gradient.
-    Returns the mean loss, nan where it is revealed to nobody.
+    opened ``servers``. Unlike in ``vertical``, nobody is shown a client's activation, and no client another's gradient;
+    whoever opened the stage may read its weights between steps, which tell of batches of few samples. Returns the mean
+    loss, nan where it is revealed to nobody.
     """
     activations = _offered(sessions, [client.forward(ids) for client in clients])
     loss = servers.learn_joined(sessions, y)

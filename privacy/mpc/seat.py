@@ -180,7 +180,8 @@ def _truncate_exactly_when_asked() -> None:
             return by_itself(self, y)
         bits, share = y.bit_length() - 1, self.share
         if y != 1 << bits:  # a window of nine, say
-            bits, share = BITS, share * round((1 << BITS) / y)
+            bits = BITS + y.bit_length()
+            share = share * round((1 << bits) / y)
         self.share = truncated(share, bits)
         return self
 

@@ -56,7 +56,8 @@ class Servers:
     - Protects: what is shared, from each server and from the dealer, who see uniformly random halves, and what these
       are multiplied to, masked.
     - Does not protect: shapes, the kinds of layers, learning rates, how often and when; anything from two who collude;
-      against a party that deviates: nothing is authenticated. See ``SECURITY``, which stands in every record.
+      against a party that deviates: nothing is authenticated, and whoever holds this object speaks for every client.
+      See ``SECURITY``, which stands in every record.
     """
 
     def __init__(
