@@ -1,6 +1,7 @@
 """Attacks: each reads a View and nothing else, or is a Party that lies. Scoring happens outside them."""
 
 from attacks.inversion.decoder import Convolutional, Decoder, Dense, decoder_family
+from attacks.inversion.insider import Infiltration, Insider
 from attacks.inversion.maximum_likelihood import MaximumLikelihood
 from attacks.inversion.reconstruction import Inversion, Reconstruction
 from attacks.inversion.weight_gradient import WeightGradientActivations
@@ -17,6 +18,8 @@ __all__ = [
     "Dense",
     "FirstParty",
     "GradientMatching",
+    "Infiltration",
+    "Insider",
     "Inversion",
     "KeyRecovery",
     "MaximumLikelihood",

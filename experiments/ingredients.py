@@ -84,8 +84,8 @@ BUILT_ATTACKS: dict[str, BuiltAttack] = {
 }
 
 PROTOCOLS: dict[str, Protocol] = {
-    "vanilla": Protocol(setups.train_vanilla),
-    "u_shaped": Protocol(setups.train_u_shaped),
+    "vanilla": Protocol(setups.train_vanilla, infiltrable=True),
+    "u_shaped": Protocol(setups.train_u_shaped, infiltrable=True),
     "splitfed_v1": Protocol(setups.train_splitfed_v1),
     "splitfed_v2": Protocol(setups.train_splitfed_v2),
     "splitfed_v3": Protocol(setups.train_splitfed_v3),

@@ -40,17 +40,32 @@ class Aim:
     shape: tuple[int, ...]  # of one input
     bounds: tuple[float, float] | None  # least and greatest value of an input, None where there are none
     seed: int
+    classes: int = 0
+    stage: Callable[[], Any] | None = None  # builds a fresh bottom of the victim's architecture, for who knows that
 
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack under the threat that it declares. ``build(aim)`` makes its members; the best one's score counts."""
+    """An attack under the threat that it declares. ``build(aim)`` makes its members; the best one's score counts.
+
+    With ``steps`` it takes part in a training of so many steps, and its members are infiltrations; else it comes after.
+    """
 
     summary: str
     family: Literal["reconstruction", "label", "membership", "property", "poisoning"]
     threat: Threat
     build: Callable[["Aim"], Mapping[str, Any]]
     inputs: tuple[Modality, ...] = CONTINUOUS  # kinds of inputs that it can estimate
+    steps: int = 0  # of training, in batches of the training's own size
+    knows: tuple[str, ...] = ()  # beyond what its threat says, in plain words
+    active: bool = False  # whether it answers with lies
+
+    @property
+    def in_words(self) -> list[str]:
+        """What it sees, knows and does, a line each."""
+        lies = ["in the server's place, and answers with lies"] if self.active else []
+        honest = ["in the server's place, and answers as that would"] if self.steps and not self.active else []
+        return [*self.threat.in_words(), *self.knows, *lies, *honest]
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,7 @@ class Protocol:
 
     train: Callable[..., Any]
     activations_cross: bool = True
+    infiltrable: bool = False  # whether ``train`` takes ``infiltrate``: somebody else in the server's place
 
     @property
     def summary(self) -> str:

@@ -30,6 +30,7 @@ from splitlearn.train import evaluate
 __all__ = ["PRIVACY_UTILITY", "Config"]
 
 BOUNDED = 8  # targets whose Fisher information is worked out
+READING = {name: one for name, one in ATTACKS.items() if one.family == "reconstruction" and not one.steps}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
     for name in config.mechanisms:
         find("mechanism", name, MECHANISMS)
     for name in config.attacks:
-        find("attack", name, {name: one for name, one in ATTACKS.items() if one.family == "reconstruction"})
+        find("attack", name, READING)
     if not config.epsilons or not all(0 < one < float("inf") for one in config.epsilons):
         raise ValueError(f"expected --epsilons above 0, got {','.join(map(str, config.epsilons)) or 'none'}")
     _check_numbers(config)

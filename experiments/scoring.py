@@ -1,23 +1,29 @@
 """An attack on the activations, run on its view and scored outside of it, beside what one reaches who saw nothing."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from experiments.ingredients import ATTACKS
-from experiments.parts import Aim, Attack
+from attacks import Infiltration, Insider, Reconstruction
+from experiments.ingredients import ATTACKS, PROTOCOLS
+from experiments.parts import Aim, Attack, Shield
 from experiments.record import Leakage
-from experiments.training import Trained, Training
+from experiments.training import Trained, Training, build_model
+from splitlearn.cut import cut
 from splitlearn.data import Splits
 from splitlearn.metrics import score_reconstruction
-from splitlearn.threat import Grants, observe
+from splitlearn.party import Learner
+from splitlearn.threat import Grants, View, granted, observe
 from splitlearn.train import predict
 
-__all__ = ["Attacked", "aim_of", "attack_victim", "attacked"]
+__all__ = ["Attacked", "aim_of", "attack_victim", "scored"]
 
 SHOWN = 8  # reconstructions kept for the picture
+UNDERTRAINED = 1.02  # times the error of the mean image
 
 
 @dataclass(frozen=True)
@@ -28,64 +34,142 @@ class Attacked:
     seconds: dict[str, float] = field(default_factory=dict)
     visible: dict[str, list[str]] = field(default_factory=dict)
     images: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def attack_victim(
-    names: Sequence[str], trained: Trained, splits: Splits, training: Training, *, targets: int, releases: int
+    names: Sequence[str],
+    trained: Trained,
+    splits: Splits,
+    training: Training,
+    *,
+    targets: int,
+    releases: int,
+    shield: Shield | None = None,
 ) -> Attacked:
-    """Let the victim send its first ``targets`` inputs, as often as ``releases`` says, and run each attack on that."""
-    assert trained.record is not None
+    """Let the victim send its first ``targets`` inputs, as often as ``releases`` says, and run each attack on that.
+
+    An attack that takes part in the training has one of its own, under the same shield, of as many steps as it asks.
+    """
     done = Attacked()
-    x, y = trained.victim_x[:targets], trained.victim_y[:targets]
-    trained.record.clear()
-    for _ in range(releases):
-        predict(trained.chain, x)
+    _send(trained, targets, releases)
     for name in names:
         start = time.perf_counter()
         attack = replace(ATTACKS[name], threat=replace(ATTACKS[name].threat, releases=releases))
-        leak, x_hat = attacked(name, attack, trained, splits, x, y, training=training)
+        aim = aim_of(splits, training.seed, cut_at=training.cut)
+        results: dict[str, Reconstruction] = {}
+        x = trained.victim_x[:targets]
+        for member, one in attack.build(aim).items():
+            if attack.steps:
+                victim, insider = _infiltrated(one, attack, training, splits, shield or Shield())
+                _send(victim, targets, releases)
+                results[member] = insider(_view(attack, victim, splits, training))
+            else:
+                results[member] = one(_view(attack, trained, splits, training))
+        leak, x_hat = scored(name, attack, results, splits, x, trained.victim_y[:targets])
         done.seconds[f"attack_{name}"] = time.perf_counter() - start
         done.leakage.append(leak)
-        done.visible[f"attacker ({name})"] = attack.threat.in_words()
+        done.visible[f"attacker ({name})"] = attack.in_words
+        done.notes.extend(_doubts(leak))
         if x.ndim == 4:
             done.images.update({"original": x[:SHOWN].cpu(), name: x_hat[:SHOWN].cpu()})
     return done
 
 
-def aim_of(splits: Splits, seed: int) -> Aim:
-    """Return what is public about the inputs that an attack is after."""
-    bounds = (0.0, 1.0) if splits.private.kind == "image" else None
-    return Aim(tuple(splits.private.x.shape[1:]), bounds, seed)
+def aim_of(splits: Splits, seed: int, *, cut_at: str = "") -> Aim:
+    """Return what is public about the inputs that an attack is after, and the architecture of who holds them."""
+    private = splits.private
+    bounds = (0.0, 1.0) if private.kind == "image" else None
+    stage = _Fresh(cut_at, splits) if cut_at else None
+    return Aim(tuple(private.x.shape[1:]), bounds, seed, private.num_classes, stage)
 
 
-def attacked(
-    name: str, attack: Attack, trained: Trained, splits: Splits, x: Tensor, y: Tensor, *, training: Training
+def scored(
+    name: str, attack: Attack, results: Mapping[str, Reconstruction], splits: Splits, x: Tensor, y: Tensor
 ) -> tuple[Leakage, Tensor]:
     """Return what the best member of an attack's family got of the private inputs ``x``, and its estimate.
 
-    The attack sees its view and nothing else; ``x`` and the labels ``y`` serve to score what it returns, ``y`` for
-    the baseline of the class-mean image alone: the advantage is over the mean image.
+    The attack saw its view and nothing else; ``x`` and the labels ``y`` serve to score what it returned. The advantage
+    is over the mean image, or over that of the sample's class where the attacker has labelled samples.
     """
-    assert trained.record is not None
     auxiliary = splits.auxiliary
-    grants = Grants(trained.encoder, auxiliary.x.to(training.device))
-    view = observe(trained.record, threat=attack.threat, grants=grants, device=training.device)
-    results = {member: one(view) for member, one in attack.build(aim_of(splits, training.seed)).items()}
     scores = {
         member: score_reconstruction(
-            x, result.x_hat.to(x.device), auxiliary_x=auxiliary.x, y=y, auxiliary_y=auxiliary.y
+            x, result.x_hat.to(x.device), auxiliary_x=auxiliary.x, y=y, auxiliary_y=auxiliary.y,
+            labels_known=attack.threat.auxiliary_labels,
         )
         for member, result in results.items()
-    }
+    }  # fmt: skip
     best = min(scores, key=lambda member: scores[member].metrics["mse"])
+    score = scores[best]
     details = {
         "best": best,
         "mse_by_member": {member: score.metrics["mse"] for member, score in scores.items()},
         "evidence": {member: dict(result.evidence) for member, result in results.items()},
+        # Who saw nothing does better: what failed is the attacker's training, and no protection has been shown to work.
+        "undertrained": score.metrics["mse"] > UNDERTRAINED * score.baselines["mse_mean_image"],
     }
-    score = scores[best]
     leak = Leakage(
         attack=name, family=attack.family, advantage=score.advantage, metrics=dict(score.metrics),
         baselines=dict(score.baselines), details=details,
     )  # fmt: skip
     return leak, results[best].x_hat
+
+
+def _send(trained: Trained, targets: int, releases: int) -> None:
+    assert trained.record is not None
+    trained.record.clear()
+    for _ in range(releases):
+        predict(trained.chain, trained.victim_x[:targets])
+
+
+def _view(attack: Attack, trained: Trained, splits: Splits, training: Training) -> View:
+    assert trained.record is not None
+    grants = replace(_grants(splits, training), encoder=trained.encoder)
+    return observe(trained.record, threat=attack.threat, grants=grants, device=training.device)
+
+
+def _grants(splits: Splits, training: Training) -> Grants:
+    auxiliary = splits.auxiliary
+    return Grants(auxiliary_x=auxiliary.x.to(training.device), auxiliary_y=auxiliary.y.to(training.device))
+
+
+def _infiltrated(
+    infiltration: Infiltration, attack: Attack, training: Training, splits: Splits, shield: Shield
+) -> tuple[Trained, Insider]:
+    """Train for as many steps as the attack asks with its insider in the server's place; return both."""
+    epochs = ceil(attack.steps / ceil(len(splits.private) / training.batch_size))
+    before = granted(attack.threat, _grants(splits, training))
+    seated: list[Insider] = []
+
+    def infiltrate(server: Learner) -> Insider:
+        seated.append(infiltration.insider(server, before))
+        return seated[0]
+
+    train = PROTOCOLS[training.protocol].train
+    return train(replace(training, epochs=epochs), splits, shield, infiltrate=infiltrate), seated[0]
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """Builds an untrained bottom of the victim's architecture, weights drawn from torch's global generator."""
+
+    cut: str
+    splits: Splits = field(repr=False)
+
+    def __call__(self) -> nn.Module:
+        return cut(build_model(self.splits, seed=int(torch.randint(1 << 31, ()))), self.cut)[0]
+
+
+def _doubts(leak: Leakage) -> list[str]:
+    """Return what speaks against taking this leakage for all that there is."""
+    evidence = leak.details["evidence"][leak.details["best"]]
+    found = []
+    if leak.details["undertrained"]:
+        found.append(
+            f"{leak.attack} is UNDERTRAINED: its error of {leak.metrics['mse']:.3g} is above the "
+            f"{leak.baselines['mse_mean_image']:.3g} of the mean image; do not read it as a defense that works"
+        )
+    elif evidence.get("converged") == 0:
+        found.append(f"{leak.attack} was still improving when its budget ended")
+    return found

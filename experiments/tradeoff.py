@@ -16,6 +16,7 @@ from experiments.training import (
     Training,
     build_model,
     default_cut,
+    depths,
     described,
     device_of,
     load_splits,
@@ -37,7 +38,8 @@ class Config:
         default=("vanilla",), metadata={"help": f"protocols to train under, of {', '.join(PROTOCOLS)}"}
     )
     cuts: tuple[str, ...] = field(
-        default=("default",), metadata={"help": "last layer below the cut, by name; default: the model's usual one"}
+        default=("default",),
+        metadata={"help": "last layer below the cut, by name; default: the model's usual one; depths: one to three"},
     )
     protections: tuple[str, ...] = field(
         default=("none", "noise", "nopeek", "compression"),
@@ -97,13 +99,16 @@ class Trial:
         }
 
 
-def tasks(config: Config, options: Options) -> list[Task]:
-    """Return one task for each protocol, cut, protection, strength and seed; every name is checked first."""
+def tasks(config: Config, options: Options, *, name: str = "tradeoff") -> list[Task]:
+    """Return one task for each protocol, cut, protection, strength and seed; every name is checked first.
+
+    ``name`` is the experiment's, where another asks the same of other protections and attacks.
+    """
     find("data set", options.data, DATASETS)
-    for name in config.attacks:
-        find("attack", name, ATTACKS)
-    for name in config.protocols:
-        find("protocol", name, PROTOCOLS)
+    for attack in config.attacks:
+        find("attack", attack, ATTACKS)
+    for protocol in config.protocols:
+        find("protocol", protocol, PROTOCOLS)
     protections = [pair for spec in config.protections for pair in _strengths(spec)]
     if config.releases < 1:
         raise ValueError(f"expected --releases of 1 or more, got {config.releases}")
@@ -113,6 +118,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
     _check_inputs(config, protections, splits.private)
     most = len(splits.private) // config.clients if config.clients > 0 else 0
+    _check_seats(config)
     if config.attacks and not 1 <= config.targets <= most:
         raise ValueError(f"expected --targets between 1 and {most}, the samples of one client, got {config.targets}")
     base = Training(
@@ -131,8 +137,8 @@ def tasks(config: Config, options: Options) -> list[Task]:
                     )  # fmt: skip
                     spec = f"{protection}:{strength}" if strength else protection
                     alone = replace(config, protocols=(protocol,), cuts=(place,), protections=(spec,))
-                    command = reproduction("tradeoff", alone, data=options.data, device=device, seed=seed)
-                    found.append(_task(trial, command, aim_of(splits, seed), options.data_dir))
+                    command = reproduction(name, alone, data=options.data, device=device, seed=seed)
+                    found.append(_task(name, trial, command, aim_of(splits, seed, cut_at=place), options.data_dir))
     return found
 
 
@@ -157,11 +163,12 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         notes.append("no activation crosses under this protocol, so these attacks have nothing to read")
     else:
         attacks = attack_victim(
-            trial.attacks, trained, splits, trial.training, targets=trial.targets, releases=trial.releases
-        )
+            trial.attacks, trained, splits, trial.training, targets=trial.targets, releases=trial.releases,
+            shield=trial.shield(),
+        )  # fmt: skip
     return Outcome(
         utility=utility, leakage=attacks.leakage, nbytes=trained.nbytes, seconds=seconds | attacks.seconds,
-        visible=trained.visible | attacks.visible, notes=notes, images=attacks.images,
+        visible=trained.visible | attacks.visible, notes=[*notes, *attacks.notes], images=attacks.images,
         epsilon=None if trained.claim is None else trained.claim.epsilon,
         delta=None if trained.claim is None else trained.claim.delta,
         accounts=[] if trained.claim is None else [str(trained.claim)],
@@ -204,21 +211,34 @@ def _check_inputs(config: Config, protections: list[tuple[str, str]], private: D
         )
 
 
+def _check_seats(config: Config) -> None:
+    """Refuse attacks that take part in the training where nobody can take the server's place."""
+    inside = [name for name in config.attacks if ATTACKS[name].steps]
+    closed = [name for name in config.protocols if not PROTOCOLS[name].infiltrable]
+    if inside and (closed or config.clients != 1):
+        fits = ", ".join(name for name, one in PROTOCOLS.items() if one.infiltrable)
+        raise ValueError(
+            f"expected protocols of one client whose server {', '.join(inside)} can replace, of {fits}, got "
+            f"{', '.join(closed) or f'{config.clients} clients'}; leave these attacks out, or use --clients 1"
+        )
+
+
 def _cuts(asked: tuple[str, ...], splits: Splits) -> list[str]:
     model = build_model(splits, seed=0)
-    places = [default_cut(splits) if place == "default" else place for place in asked]
+    usual = {"default": [default_cut(splits)], "depths": depths(splits)}
+    places = list(dict.fromkeys(place for one in asked for place in usual.get(one, [one])))
     for place in places:
         cut(model, place)
     return places
 
 
-def _task(trial: Trial, command: str, aim: Aim, data_dir: Path | None) -> Task:
+def _task(name: str, trial: Trial, command: str, aim: Aim, data_dir: Path | None) -> Task:
     training = trial.training
     labels = {
         "seed": training.seed, "data": trial.data, "protocol": training.protocol, "cut": training.cut,
         "protection": trial.protection, "strength": trial.strength,
     }  # fmt: skip
-    return Task("tradeoff", trial.described(aim), command, labels, partial(run_trial, trial, data_dir))
+    return Task(name, trial.described(aim), command, labels, partial(run_trial, trial, data_dir))
 
 
 TRADEOFF = Experiment(

@@ -25,6 +25,7 @@ __all__ = [
     "build_model",
     "check_numbers",
     "default_cut",
+    "depths",
     "described",
     "device_of",
     "load_splits",
@@ -39,6 +40,7 @@ ONE_CLIENT = (
 )  # fmt: skip
 BY_SGD = ("mpc_2pc", "mpc_u_shaped", "mpc_vertical")  # whose weights two servers train in shares
 MOMENTUM = 0.9  # of SGD
+BLOCK_ENDS = ("block", "pool", "relu")  # how the last layer of a block is called, the first of these that there is
 USUAL_CUTS = ("relu2", "block2", "pool2", "relu1")  # after the second block, where there is one
 
 
@@ -172,6 +174,13 @@ def default_cut(splits: Splits) -> str:
     names = layer_names(build_model(splits, seed=0))
     usual = [name for name in USUAL_CUTS if name in names[:-1]]
     return usual[0] if usual else names[len(names) // 3]
+
+
+def depths(splits: Splits) -> list[str]:
+    """Return the last layers of the first three blocks of the model that fits the data, where there are as many."""
+    names = layer_names(build_model(splits, seed=0))[:-1]
+    found = ([name for name in names if name in [f"{end}{n}" for n in range(1, 4)]] for end in BLOCK_ENDS)
+    return next((ends for ends in found if ends), names[:1])
 
 
 def optimizer_for(stage: nn.Module, training: Training) -> torch.optim.Optimizer | None:
