@@ -31,7 +31,7 @@ from experiments.training import (
     warm_up,
 )
 from privacy.he import FAST, Parameters
-from privacy.mpc import LAN, WAN, Costs, Servers, described_layers
+from privacy.mpc import LAN, MOST_LR, WAN, Costs, Servers, described_layers
 from splitlearn.cut import cut, layer_names
 from splitlearn.data import DATASETS, Splits
 from splitlearn.threat import Threat, observe
@@ -116,6 +116,8 @@ def tasks(config: Config, options: Options) -> list[Task]:
         find("provider", name, PROVIDERS)
     if not config.ways or not config.providers:
         raise ValueError(f"expected at least one way among {', '.join(SHARED_WAYS)} and one provider, got none")
+    if not config.lr < MOST_LR:
+        raise ValueError(f"expected --lr below {MOST_LR:g}, with which shares can be trained, got {config.lr:g}")
     sizes = sizes_of(options.data, private=config.private)
     if device_of(options.device) != "cpu" and options.device != "auto":
         raise ValueError(f"expected --device cpu, on which shares are computed, got {options.device}")

@@ -240,11 +240,11 @@ def interrupted(servers: Servers, call: Callable[[], Any], monkeypatch: pytest.M
     """Have Ctrl-C come while this call waits for its answer, which is then on its way."""
     received = servers._received
 
-    def late(rank: int) -> bytes:
+    def late(rank: int, seconds: float) -> bytes:
         if rank == 0:
             _thread.interrupt_main()
             time.sleep(1)
-        return received(rank)
+        return received(rank, seconds)
 
     with monkeypatch.context() as patch:
         patch.setattr(servers, "_received", late)
@@ -474,3 +474,16 @@ def test_a_client_that_pauses_longer_than_an_answer_may_take_finds_its_servers_a
         first = stage.predict(x)
         time.sleep(14)
         assert float((stage.predict(x) - first).abs().max()) < 1e-3
+
+
+def test_a_fork_of_the_client_is_told_and_the_servers_live_on(servers: Servers) -> None:
+    stage = SharedStage(servers, nn.Linear(2, 2))
+    child = os.fork()
+    if child == 0:
+        try:
+            stage.predict(torch.rand(1, 2))
+        except ConnectionError as error:
+            os._exit(0 if "got a fork of it" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert stage.predict(torch.rand(1, 2)).shape == (1, 2)

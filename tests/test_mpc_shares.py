@@ -287,7 +287,9 @@ def test_where_a_party_knows_nothing_of_its_sockets_cryptens_count_stands() -> N
 
 def test_a_secure_mean_of_plain_weights_is_the_mean_and_of_some_tickets_an_error() -> None:
     weights, counts = [{"w": torch.rand(3)} for _ in range(3)], [1, 2, 3]
-    aggregate = SecureMean(None)  # type: ignore[arg-type]
+    aggregate = SecureMean(None, or_mean=True)  # type: ignore[arg-type]
     assert torch.equal(aggregate(weights, counts, weights[0])["w"], mean(weights, counts)["w"])
+    with pytest.raises(ValueError, match="got 0 tickets from 3 members"):
+        SecureMean(None)(weights, counts, weights[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="wrap every member"):
         aggregate([{TICKET: torch.zeros(16)}, *weights[1:]], counts, weights[0])

@@ -834,3 +834,35 @@ def test_a_session_takes_nobodys_name(servers: Servers) -> None:
     stage = SharedStage(servers, nn.Linear(2, 2))
     with pytest.raises(ValueError, match="a session of a new name"):
         servers.desk("admit", {"session": stage.session, "stage": stage.session})
+
+
+# In a model of torch's
+
+
+def test_a_model_saves_and_loads_the_top_that_is_on_shares(servers: Servers, tmp_path: Path) -> None:
+    def model() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 8), SharedTop(servers, two_layers(), lr=0.1, momentum=0.9))
+
+    first, second, x = model(), model(), torch.rand(3, 4)
+    first(x).sum().backward()
+    torch.save(first.state_dict(), tmp_path / "model.pt")
+    second.load_state_dict(torch.load(tmp_path / "model.pt"))
+    with torch.no_grad():
+        torch.testing.assert_close(second(x), first(x), atol=1e-3, rtol=0)
+    with pytest.raises(TypeError, match="expected servers to stay in this process"):
+        copy.deepcopy(first)
+
+
+def test_what_is_no_setting_or_no_state_is_one_line(servers: Servers) -> None:
+    stage = SharedStage(servers, nn.Linear(2, 2))
+    for call, told in [
+        (lambda: SharedTop("x", nn.Linear(2, 2)), "Servers\\(\\) to hold the stage"),  # type: ignore[arg-type]
+        (lambda: SharedStage(servers, nn.Linear(2, 2), lr="0.1"), "lr from 0.*'0.1'"),  # type: ignore[arg-type]
+        (lambda: stage.predict([[1.0, 2.0]]), "as a tensor, got list"),  # type: ignore[arg-type]
+        (lambda: stage.predict(torch.full((1, 2), float("nan"))), "look for what has diverged"),
+        (lambda: stage.load_state_dict(stage.weights()), "for weights alone there is load_weights"),
+        (lambda: SharedStage(servers, nn.Sequential(nn.BatchNorm1d(3))), "got BatchNorm1d at 0; leave it below"),
+    ]:
+        with pytest.raises(ValueError, match=told) as error:
+            call()
+        assert "\n" not in str(error.value)

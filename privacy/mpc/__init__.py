@@ -4,7 +4,7 @@ from privacy.mpc.aggregation import SecureMean, SecureMember
 from privacy.mpc.compat import load_crypten
 from privacy.mpc.costs import LAN, WAN, Costs, Network
 from privacy.mpc.layers import described as described_layers
-from privacy.mpc.party import SharedStage, SharedTop, StageClient
+from privacy.mpc.party import MOST_LR, SharedStage, SharedTop, StageClient
 from privacy.mpc.protocols import (
     LEARNS,
     JoinedOnShares,
@@ -18,6 +18,7 @@ from privacy.mpc.servers import SECURITY, Servers
 __all__ = [
     "LAN",
     "LEARNS",
+    "MOST_LR",
     "SECURITY",
     "WAN",
     "Costs",

@@ -61,19 +61,19 @@ class SecureMember:
 class SecureMean:
     """The aggregator that asks two servers for the sum of what secure members have shared; see ``SecureMember``.
 
-    Where all weights come without a ticket, as the main server's own copies in SplitFed V1 do, it is ``mean``. It is as
-    exact as ``mean`` to 2^-24 a sample.
+    It is as exact as ``mean`` to 2^-24 a sample. With ``or_mean`` it is ``mean`` where no weights come with a ticket,
+    as SplitFed V1 needs, whose main server has copies of its own stage averaged too; else that is an error.
     """
 
-    def __init__(self, servers: Servers):
-        self._servers = servers
+    def __init__(self, servers: Servers, *, or_mean: bool = False):
+        self._servers, self._or_mean = servers, or_mean
 
     def __call__(
         self, weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int], start: Mapping[str, Tensor]
     ) -> Weights:
         """Return Σ (n/N)·w, entry by entry; integer entries are those of the first member with samples."""
         ticketed = [TICKET in own for own in weights]
-        if not any(ticketed):
+        if self._or_mean and not any(ticketed):
             return mean(weights, counts, start)
         if not all(ticketed) or len(weights) != len(counts) or sum(counts) == 0:
             raise ValueError(

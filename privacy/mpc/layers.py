@@ -110,12 +110,11 @@ def _described(name: str, layer: nn.Module) -> Layer:
     inplace = getattr(layer, "inplace", False)
     grouped = getattr(layer, "groups", 1) not in (1, getattr(layer, "in_channels", 1))
     if kind not in SETTINGS or odd or padded or dilated or worded or inplace or grouped:
-        why = (
-            "pooling pads and dilates nothing" if padded or dilated else f"as they come, not {', '.join(odd) or layer}"
-        )
+        how = "without padding and dilation of pools, padding in words, inplace and groups but depthwise"
+        told = " with ".join([kind.__name__, *([", ".join(odd)] if odd else [])])
         raise Refused(
-            f"expected layers that can be evaluated on shares ({', '.join(KINDS)}, {why}), got {layer} at "
-            f"{name or 'the top'}; batch norm and dropout have no place there: leave them below the cut"
+            f"expected layers that can be evaluated on shares ({', '.join(KINDS)}, {how}), got {told} at "
+            f"{name or 'the top'}; leave it below the cut, or take one of these"
         )
     settings = {key: _wide(getattr(layer, key)) for key in SETTINGS[kind]}
     return Layer(name, kind.__name__, settings, bias=isinstance(getattr(layer, "bias", None), Tensor))

@@ -14,8 +14,9 @@ from privacy.mpc.sharing import BITS, WEIGHT_BITS, decoded, encoded, joined, sha
 from splitlearn.misfit import Refused
 from splitlearn.wire import Metered
 
-__all__ = ["SharedStage", "SharedTop", "StageClient"]
+__all__ = ["MOST_LR", "SharedStage", "SharedTop", "StageClient"]
 
+MOST_LR = 1e3
 MOST_CLASSES = 249  # CrypTen's reciprocal starts from an exponential, which diverges from 256 on
 LEAST_JOINED = 2
 LossTo = Literal["client", "nobody"]
@@ -68,8 +69,11 @@ class SharedStage:
         loss_to: LossTo = "client",
         name: str = "servers",
     ):
-        if not (0 <= lr < 1e3 and 0 <= momentum < 1):
-            raise Refused(f"expected lr from 0 (frozen) to 1000 and momentum from 0 to 1, got {lr} and {momentum}")
+        if not isinstance(servers, Servers):
+            raise Refused(f"expected Servers() to hold the stage, got {servers!r}")
+        rates = isinstance(lr, int | float) and isinstance(momentum, int | float)
+        if not (rates and 0 <= lr < MOST_LR and 0 <= momentum < 1):
+            raise Refused(f"expected lr from 0 (frozen) to 1000 and momentum from 0 to 1, got {lr!r} and {momentum!r}")
         if loss_to not in ("client", "nobody"):
             raise Refused(f"expected loss_to to be client or nobody, got {loss_to!r}")
         self.name, self.lr, self.momentum, self.loss_to, self.steps = name, lr, momentum, loss_to, 0
@@ -151,6 +155,11 @@ class SharedStage:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned; steps then go on as they would have, to fixed point."""
+        if not {"stage", "momentum", "steps"} <= set(state):
+            raise ValueError(
+                f"{self.name}: expected what state_dict() returned, got {', '.join(map(str, state)) or 'nothing'}; for "
+                "weights alone there is load_weights"
+            )
         self._load(state["stage"], state["momentum"])
         self.steps = state["steps"]
 
@@ -286,7 +295,8 @@ class SharedTop(nn.Module):
 
     ``y = top(x)`` shares x and reveals the output to this process; autograd through it shares the gradient, and the
     servers take a step of SGD (``lr``, ``momentum``) with it. It has no parameters here: give the optimizer the rest of
-    the model. In evaluation, under ``torch.no_grad()``, nothing is kept for a gradient.
+    the model. Its weights stand in the model's ``state_dict()``, put together, and are shared anew when that is loaded;
+    ``lr=0``, the default, freezes them. In evaluation, under ``torch.no_grad()``, nothing is kept for a gradient.
     """
 
     def __init__(self, servers: Servers, stage: nn.Module, *, lr: float = 0.0, momentum: float = 0.0):
@@ -298,6 +308,14 @@ class SharedTop(nn.Module):
         if not torch.is_grad_enabled():
             return self.shared.predict(x)
         return _Through.apply(x, self.shared, torch.zeros(0, requires_grad=True))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return weights and momentum, put together from shares: they stand in the model's ``state_dict()``."""
+        return self.shared.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what stood in a model's ``state_dict()``: shared anew."""
+        self.shared.load_state_dict(state)
 
     def extra_repr(self) -> str:
         """Return the layers that are held in shares."""
@@ -322,6 +340,8 @@ class _Through(torch.autograd.Function):
 
 
 def _activation(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise Refused(f"expected activations as a tensor, got {type(x).__name__}; torch.as_tensor makes one")
     if not x.ndim or not len(x):
         raise Refused(f"expected a batch of at least one sample, got shape {tuple(x.shape)}")
     if not x.is_floating_point():

@@ -1,6 +1,7 @@
 """Two servers and a dealer, each a process of its own, and how a client asks both servers at once."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -37,6 +38,7 @@ FIRST_PARTY = "INSECURE: server 0 deals the triples itself (trusted first party)
 ROLES = ("server 0", "server 1", "dealer")
 LAST_WORDS = 2000  # bytes of a party's error output that are looked at
 POLL_SECONDS = 0.2
+START_SECONDS = 60.0  # to start takes seconds of processor time, whatever an answer may take
 GRACE_SECONDS = 3.0
 
 
@@ -68,12 +70,13 @@ class Servers:
         threads: int = 1,
         insecure_trust_first_party: bool = False,
     ):
-        if not timeout > 0 or threads < 1:
-            raise ValueError(f"expected a timeout above 0 s and threads of 1 or more, got {timeout} and {threads}")
+        if not (isinstance(timeout, int | float) and timeout > 0 and isinstance(threads, int) and threads > 0):
+            raise ValueError(f"expected a timeout above 0 s and threads of 1 or more, got {timeout!r} and {threads!r}")
         if find_spec("crypten") is None:
             raise LookupError(f"expected CrypTen, got none; install it: {INSTALL}")
         self.timeout, self.remember = timeout, remember
         self.insecure_trust_first_party = insecure_trust_first_party
+        self._process = os.getpid()
         self._folder = tempfile.TemporaryDirectory(prefix="splitlearn-mpc-")
         self._processes: list[subprocess.Popen[str]] = []
         self._connections: list[Connection] = []
@@ -87,7 +90,7 @@ class Servers:
             for rank, _ in enumerate(self.roles):
                 self._start(rank, threads)
             for rank, role in enumerate(self.roles):
-                if self._received(rank) != b"ready":
+                if self._received(rank, max(timeout, START_SECONDS)) != b"ready":
                     raise ConnectionError(f"expected {role} to be ready, got something else")
         except (ConnectionError, TimeoutError) as error:
             raise self._ended(error) from error
@@ -182,6 +185,7 @@ class Servers:
 
     def asked(self, calls: tuple[Callable[[], Any], Callable[[], Any]]) -> tuple[Any, Any]:
         """Return the answers of both servers, asked at once; what ends one of them ends all."""
+        self._check_process()
         with self._both, self._whole():
             self._check_open()
             other = self._pool.submit(calls[1])
@@ -202,7 +206,7 @@ class Servers:
                 self._connections[rank].send_bytes(frame)
             except OSError as error:
                 raise ConnectionError(f"{ROLES[rank]} took nothing ({error})") from error
-            return self._received(rank)
+            return self._received(rank, self.timeout)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -245,15 +249,15 @@ class Servers:
         process.stdin.write(json.dumps(told) + "\n")
         process.stdin.flush()
 
-    def _received(self, rank: int) -> bytes:
+    def _received(self, rank: int, seconds: float) -> bytes:
         """Return the next frame of one party; an error where it ends first, or any other does, or time is up."""
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + seconds
         connection = self._connections[rank]
         while not wait([connection], min(POLL_SECONDS, max(0.0, end - time.monotonic()))):
             if gone := [role for role, one in zip(self.roles, self._processes, strict=False) if one.poll() is not None]:
                 raise ConnectionError(f"{gone[0]} ended")
             if time.monotonic() >= end:
-                raise TimeoutError(f"{ROLES[rank]} did not answer within {self.timeout:g} s")
+                raise TimeoutError(f"{ROLES[rank]} did not answer within {seconds:g} s")
         try:
             return connection.recv_bytes()
         except (EOFError, OSError) as error:
@@ -281,6 +285,19 @@ class Servers:
         why = "; ".join(killed or hung or said[:1])
         self._why_closed = why or str(error)
         return type(error)(f"{error}{f' ({why})' if why else ''}; start Servers() anew, and load weights")
+
+    def __reduce__(self) -> Any:
+        """Refuse copies: they would speak over the same sockets."""
+        raise TypeError(
+            "expected servers to stay in this process, got a copy or a pickle of them; save state_dict() instead, and "
+            "build the model anew around Servers()"
+        )
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise ConnectionError(
+                "expected to be asked by the process that started the servers, got a fork of it; start Servers() there"
+            )
 
     def _check_open(self) -> None:
         if self._why_closed:

@@ -5,7 +5,7 @@ x − r. Sums of shares are shares of sums; products take CrypTen and a dealer (
 """
 
 from collections.abc import Mapping
-from math import prod
+from math import isnan, prod
 
 import torch
 from torch import Tensor
@@ -30,12 +30,15 @@ Held = Mapping[str, Tensor]  # shares, or ring elements, by name
 
 def encoded(x: Tensor, what: str, *, bits: int = BITS, limit: float = LIMIT) -> Tensor:
     """Return ``x`` in fixed point, int64, rounded to the nearest; ``Refused`` for what the range does not hold."""
+    if not isinstance(x, Tensor):
+        raise Refused(f"expected {what} as a tensor, got {type(x).__name__}; torch.as_tensor makes one")
     wide = x.detach().cpu().double()
     most = float(wide.abs().max()) if wide.numel() else 0.0
     if not most <= limit:  # nan is not, either
         raise Refused(
             f"expected {what} within ±{limit:g}, which is what fixed point with {bits} bits of fraction holds and "
-            f"computes with, got {most:g}; scale or clip them, or lower the learning rate"
+            f"computes with, got {most:g}; "
+            + ("look for what has diverged" if isnan(most) else "scale or clip them, or lower the learning rate")
         )
     return (wide * (1 << bits)).round().long()
 
