@@ -5,20 +5,32 @@ from experiments.bench_he import he_overhead_figures
 from experiments.bench_import import import_time
 from experiments.bench_mpc import mpc_overhead_figures
 from experiments.bench_split import split_overhead
+from experiments.detection import DETECTION
 from experiments.experiment import Experiment
 from experiments.he_overhead import HE_OVERHEAD
-from experiments.ingredients import ATTACKS, BUILT_ATTACKS, PROTECTIONS, PROTOCOLS
+from experiments.ingredients import ATTACKS, BUILT_ATTACKS, DETECTORS, PROTECTIONS, PROTOCOLS
 from experiments.mechanisms import MECHANISMS
 from experiments.mpc_overhead import MPC_OVERHEAD
 from experiments.parity import PARITY
 from experiments.parts import Bench
 from experiments.privacy_utility import PRIVACY_UTILITY
+from experiments.reconstruction import DEFENSE_TOURNAMENT, RECONSTRUCTION_ATTACKS
 from experiments.tradeoff import TRADEOFF
 
-__all__ = ["ATTACKS", "BENCHES", "BUILT_ATTACKS", "EXPERIMENTS", "MECHANISMS", "PROTECTIONS", "PROTOCOLS"]
+__all__ = ["ATTACKS", "BENCHES", "BUILT_ATTACKS", "DETECTORS", "EXPERIMENTS", "MECHANISMS", "PROTECTIONS", "PROTOCOLS"]
 
 EXPERIMENTS: dict[str, Experiment] = {
-    one.name: one for one in (TRADEOFF, PRIVACY_UTILITY, HE_OVERHEAD, MPC_OVERHEAD, PARITY)
+    one.name: one
+    for one in (
+        TRADEOFF,
+        RECONSTRUCTION_ATTACKS,
+        DEFENSE_TOURNAMENT,
+        DETECTION,
+        PRIVACY_UTILITY,
+        HE_OVERHEAD,
+        MPC_OVERHEAD,
+        PARITY,
+    )
 }
 
 BENCHES: dict[str, Bench] = {

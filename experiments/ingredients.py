@@ -5,20 +5,44 @@ and in the grids and the report of every experiment.
 """
 
 from dataclasses import replace
+from functools import partial
+
+import torch
 
 from attacks import MaximumLikelihood, decoder_family
 from defenses import NoPeek
+from defenses.detectors import GradientsScrutinizer, SplitGuard, SplitOut, honest_gradients
 from experiments import encrypted, setups, shares
-from experiments.parts import CONTINUOUS, Attack, BuiltAttack, Protection, Protocol, Shield, number
+from experiments.parts import (
+    CONTINUOUS,
+    Attack,
+    BuiltAttack,
+    DetectorEntry,
+    Protection,
+    Protocol,
+    Shield,
+    Watched,
+    number,
+)
 from privacy.dp import ClippedGaussian, ClippedLaplace
 from splitlearn.codecs import Int8, TopK
 from splitlearn.frames import Codec
 from splitlearn.threat import Threat
+from splitlearn.train import Batches
 
-__all__ = ["ATTACKS", "BUILT_ATTACKS", "PROTECTIONS", "PROTOCOLS"]
+__all__ = ["ATTACKS", "BUILT_ATTACKS", "DETECTORS", "PROTECTIONS", "PROTOCOLS"]
 
 WHITE_BOX = Threat(white_box=True, auxiliary=True)
 QUERIES = Threat(queries=True, auxiliary=True)
+
+
+def simulated_splitout(on: Watched) -> SplitOut:
+    """Return SplitOut, its honest gradients simulated on a quarter of the client's data for as many steps as it has."""
+    share, training = len(on.private) // 4, on.training
+    batches = Batches(on.private.x[:share], on.private.y[:share], batch_size=training.batch_size, seed=training.seed)
+    adam = partial(torch.optim.Adam, lr=training.lr)
+    honest = honest_gradients(on.learner, on.guess, adam, batches, epochs=4 * training.epochs)
+    return SplitOut(on.learner, honest)
 
 
 def compressed(strength: str) -> Shield:
@@ -67,6 +91,24 @@ ATTACKS: dict[str, Attack] = {
         lambda aim: {
             name: replace(one, bounds=aim.bounds) for name, one in decoder_family(aim.shape, seed=aim.seed).items()
         },
+    ),
+}
+
+DETECTORS: dict[str, DetectorEntry] = {
+    "splitguard": DetectorEntry(
+        "SplitGuard: gradients of batches with random labels against those of others (Erdoğan et al. 2022)",
+        "a tenth of the batches from the 20th on, alpha 5, beta 2, threshold .9, mean of 10",
+        lambda on: SplitGuard(on.learner, num_classes=on.private.num_classes, seed=on.training.seed),
+    ),
+    "scrutinizer": DetectorEntry(
+        "Gradients Scrutinizer: gradients of one label against those of others, by their cosine (Fu et al. 2023)",
+        "gap, threshold .1, mean of 10",
+        lambda on: GradientsScrutinizer(on.learner),
+    ),
+    "splitout": DetectorEntry(
+        "SplitOut: outliers among gradients of a training that the client simulates (Erdoğan et al. 2023)",
+        "a quarter of the data, as many steps as the training, window 10, threshold .5",
+        simulated_splitout,
     ),
 }
 

@@ -4,12 +4,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from splitlearn.data.dataset import Modality
+from torch import nn
+
+from splitlearn.data.dataset import Dataset, Modality
 from splitlearn.frames import Codec
-from splitlearn.party import Guard
+from splitlearn.party import Guard, Learner
 from splitlearn.threat import Threat
 
-__all__ = ["CONTINUOUS", "Aim", "Attack", "Bench", "BuiltAttack", "Protection", "Protocol", "Shield", "number"]
+__all__ = [
+    "CONTINUOUS", "Aim", "Attack", "Bench", "BuiltAttack", "DetectorEntry", "Protection", "Protocol", "Shield",
+    "Watched", "number",
+]  # fmt: skip
 
 CONTINUOUS: tuple[Modality, ...] = ("image", "signal", "table")
 
@@ -66,6 +71,25 @@ class Attack:
         lies = ["in the server's place, and answers with lies"] if self.active else []
         honest = ["in the server's place, and answers as that would"] if self.steps and not self.active else []
         return [*self.threat.in_words(), *self.knows, *lies, *honest]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a detector has to go by: the client's learner, a guess at the server's stage, the client's own data."""
+
+    learner: Learner
+    guess: nn.Module
+    private: Dataset
+    training: Any  # the Training of this run
+
+
+@dataclass(frozen=True)
+class DetectorEntry:
+    """A detector of hijacked training. ``build(watched)`` puts it in the learner's place; ``settings`` in words."""
+
+    summary: str
+    settings: str
+    build: Callable[[Watched], Any]
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Record(BaseModel):
     mse_bound: float | None = None  # least mean squared error of an unbiased attacker, by Fisher information
     accounts: list[str] = Field(default_factory=list)  # what was released, an account a line; never added up
     visible: dict[str, list[str]] = Field(default_factory=dict)  # observer -> what it saw, in plain words
+    traces: dict[str, list[float]] = Field(default_factory=dict)  # named series, such as a detector's scores
     notes: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
     commit: str | None = None

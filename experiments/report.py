@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.image import imsave
 
+from experiments.detection_plot import detection, detection_table
 from experiments.figures import number, spread
 from experiments.gallery import Row, gallery, strip
 from experiments.he_plot import he_costs
@@ -61,7 +62,7 @@ def build(root: Path) -> Path:
     """Write ``results.csv``, the pictures and ``report.html``; return its path.
 
     The pictures are ``tradeoff.png``, ``reconstructions.png``, where an ε is claimed ``privacy.png``, and of
-    ``he_overhead`` ``encryption.png``, of ``mpc_overhead`` ``shares.png``.
+    ``he_overhead`` ``encryption.png``, of ``mpc_overhead`` ``shares.png``, of ``detection`` ``detection.png``.
 
     A picture that the records have no figures for is left out, and removed if an earlier report left it. A corrupt
     record is told of in the report; ``ValueError`` where there is none at all that can be read.
@@ -80,6 +81,7 @@ def build(root: Path) -> Path:
         "privacy": privacy(records, root / "privacy.png"),
         "encryption": he_costs(records, root / "encryption.png"),
         "shares": mpc_costs(records, root / "shares.png"),
+        "detection": detection(records, root / "detection.png"),
     }
     return write_atomically(root / "report.html", _page(records, problems, store, drawn).encode())
 
@@ -108,6 +110,7 @@ def _page(records: Sequence[Record], problems: Sequence[str], store: Store, draw
         plot_note=f"{leakage_note(points)} {spread_note(max((len(point.seeds) for point in points), default=0))}",
         **{name: None if path is None else _embedded(path.read_bytes()) for name, path in drawn.items()},
         accounts=accounts_table(points),
+        detected=detection_table(points),
         pictures=[_picture(row) for row in gallery(records, store)],
         results=results_tables(points),
         strengths=strength_notes(points),

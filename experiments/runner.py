@@ -39,6 +39,7 @@ class Outcome:
     mse_bound: float | None = None
     accounts: list[str] = field(default_factory=list)
     visible: dict[str, list[str]] = field(default_factory=dict)
+    traces: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     images: dict[str, Tensor] = field(default_factory=dict)
 

@@ -20,7 +20,7 @@ from splitlearn.party import Learner
 from splitlearn.threat import Grants, View, granted, observe
 from splitlearn.train import predict
 
-__all__ = ["Attacked", "aim_of", "attack_victim", "scored"]
+__all__ = ["SHOWN", "Attacked", "aim_of", "attack_victim", "scored"]
 
 SHOWN = 8  # reconstructions kept for the picture
 UNDERTRAINED = 1.02  # times the error of the mean image

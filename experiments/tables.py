@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from experiments.record import Leakage
 from experiments.figures import count, number, ratio, seconds, spread
+from experiments.record import Leakage
 from experiments.summary import Point, Spread, families, marks, pareto_front, utility_metric
 
 __all__ = [

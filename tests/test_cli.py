@@ -86,7 +86,7 @@ def tiny(monkeypatch, tmp_path):
     """A catalogue of one thing each, an empty folder to be in, and no data directory named."""
     catalogue = ModuleType("experiments.catalogue")
     catalogue.EXPERIMENTS = {"tiny": Experiment("tiny", "What does noise cost?", Config, tasks)}
-    for kind in ("PROTOCOLS", "ATTACKS", "PROTECTIONS", "MECHANISMS"):
+    for kind in ("PROTOCOLS", "ATTACKS", "PROTECTIONS", "DETECTORS", "MECHANISMS"):
         setattr(catalogue, kind, {"some": SimpleNamespace(summary=f"one of the {kind.lower()}")})
     catalogue.BUILT_ATTACKS = {}
     catalogue.BENCHES = {"speed": SimpleNamespace(summary="how fast", run=measure)}
@@ -117,6 +117,7 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
         ATTACKS,
         BENCHES,
         BUILT_ATTACKS,
+        DETECTORS,
         EXPERIMENTS,
         MECHANISMS,
         PROTECTIONS,
@@ -125,7 +126,17 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
     from splitlearn.data import DATASETS
 
     lines = call("list").stdout.splitlines()
-    for kind in (EXPERIMENTS, PROTOCOLS, ATTACKS, BUILT_ATTACKS, PROTECTIONS, MECHANISMS, DATASETS, BENCHES):
+    for kind in (
+        EXPERIMENTS,
+        PROTOCOLS,
+        ATTACKS,
+        BUILT_ATTACKS,
+        PROTECTIONS,
+        DETECTORS,
+        MECHANISMS,
+        DATASETS,
+        BENCHES,
+    ):
         for name, thing in kind.items():
             assert any(line.split() == [name, *thing.summary.split()] for line in lines), name
     for group, names in (("run", EXPERIMENTS), ("bench", BENCHES)):
