@@ -1,9 +1,14 @@
 """Attacks: each reads a View and nothing else, or is a Party that lies. Scoring happens outside them."""
 
 from attacks.inversion.decoder import Convolutional, Decoder, Dense, decoder_family
+from attacks.inversion.fora import FORA
+from attacks.inversion.grn import GRN
 from attacks.inversion.insider import Infiltration, Insider
+from attacks.inversion.latent import LatentSearch
 from attacks.inversion.maximum_likelihood import MaximumLikelihood
 from attacks.inversion.reconstruction import Inversion, Reconstruction
+from attacks.inversion.shadow import Shadow
+from attacks.inversion.unsplit import UnSplit
 from attacks.inversion.weight_gradient import WeightGradientActivations
 from attacks.keys.li_micciancio import KeyRecovery
 from attacks.labels.clear_gradient import ClearGradientLabels
@@ -12,6 +17,8 @@ from attacks.labels.sent import SentLabels
 from attacks.shares.first_party import FirstParty
 
 __all__ = [
+    "FORA",
+    "GRN",
     "ClearGradientLabels",
     "Convolutional",
     "Decoder",
@@ -22,9 +29,12 @@ __all__ = [
     "Insider",
     "Inversion",
     "KeyRecovery",
+    "LatentSearch",
     "MaximumLikelihood",
     "Reconstruction",
     "SentLabels",
+    "Shadow",
+    "UnSplit",
     "WeightGradientActivations",
     "decoder_family",
 ]

@@ -4,12 +4,14 @@ To add one: write its file and its test row, then its line below. It then stands
 and in the grids and the report of every experiment.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import nn
 
-from attacks import MaximumLikelihood, decoder_family
+from attacks import FORA, MaximumLikelihood, Shadow, UnSplit, decoder_family
 from defenses import NoPeek
 from defenses.detectors import GradientsScrutinizer, SplitGuard, SplitOut, honest_gradients
 from experiments import encrypted, setups, shares
@@ -33,6 +35,8 @@ from splitlearn.train import Batches
 __all__ = ["ATTACKS", "BUILT_ATTACKS", "DETECTORS", "PROTECTIONS", "PROTOCOLS"]
 
 WHITE_BOX = Threat(white_box=True, auxiliary=True)
+UNLABELLED = Threat(auxiliary=True)
+LABELLED = Threat(auxiliary=True, auxiliary_labels=True)
 QUERIES = Threat(queries=True, auxiliary=True)
 
 
@@ -43,6 +47,11 @@ def simulated_splitout(on: Watched) -> SplitOut:
     adam = partial(torch.optim.Adam, lr=training.lr)
     honest = honest_gradients(on.learner, on.guess, adam, batches, epochs=4 * training.epochs)
     return SplitOut(on.learner, honest)
+
+
+def _known(stage: Callable[[], nn.Module] | None) -> Callable[[], nn.Module]:
+    """Return the builder of the victim's architecture, or one of nothing where only the attack's name is asked for."""
+    return stage if stage is not None else nn.Identity
 
 
 def compressed(strength: str) -> Shield:
@@ -91,6 +100,29 @@ ATTACKS: dict[str, Attack] = {
         lambda aim: {
             name: replace(one, bounds=aim.bounds) for name, one in decoder_family(aim.shape, seed=aim.seed).items()
         },
+    ),
+    "shadow": Attack(
+        "query-free: a shadow of the bottom, trained to fit the server's own top (He et al. 2019)",
+        "reconstruction",
+        LABELLED,
+        lambda aim: {"shadow": Shadow(aim.top or nn.Identity(), seed=aim.seed)},
+        needs_top=True,
+    ),
+    "unsplit": Attack(
+        "UnSplit: inputs and a clone of the bottom in turns, by its architecture alone (Erdoğan et al. 2022)",
+        "reconstruction",
+        Threat(),
+        lambda aim: {
+            "unsplit": UnSplit(_known(aim.stage), aim.shape, bounds=aim.bounds or (0.0, 1.0), clones=2, seed=aim.seed)
+        },
+        inputs=("image",),
+        knows=("the architecture of the client's stage",),
+    ),
+    "fora": Attack(
+        "FORA: a substitute whose activations are distributed as those seen (Xu et al. 2024)",
+        "reconstruction",
+        UNLABELLED,
+        lambda aim: {"fora": FORA(seed=aim.seed)},
     ),
 }
 

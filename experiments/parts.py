@@ -47,6 +47,7 @@ class Aim:
     seed: int
     classes: int = 0
     stage: Callable[[], Any] | None = None  # builds a fresh bottom of the victim's architecture, for who knows that
+    top: nn.Module | None = None  # the server's own stage, where it puts out logits
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Attack:
     steps: int = 0  # of training, in batches of the training's own size
     knows: tuple[str, ...] = ()  # beyond what its threat says, in plain words
     active: bool = False  # whether it answers with lies
+    needs_top: bool = False  # whether it goes by the server's stage, which must then put out logits
 
     @property
     def in_words(self) -> list[str]:

@@ -1,11 +1,15 @@
 """Every attack at every depth, and every defense against every attack: tradeoff's engine, asked for more."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from experiments import tradeoff
-from experiments.experiment import Experiment
+from experiments.experiment import Experiment, Options
 from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
+from experiments.names import find
+from experiments.runner import Task
+from experiments.training import sizes_of
+from experiments.updates import UPDATE_ATTACKS, update_tasks
 
 __all__ = ["DEFENSE_TOURNAMENT", "RECONSTRUCTION_ATTACKS", "Attacks", "Tournament"]
 
@@ -29,6 +33,11 @@ class Attacks(tradeoff.Config):
     protocols: tuple[str, ...] = field(
         default=("vanilla",), metadata={"help": f"protocols to train under, of {', '.join(PROTOCOLS)}"}
     )
+    update_attacks: tuple[str, ...] = field(
+        default=tuple(UPDATE_ATTACKS),
+        metadata={"help": f"on updates that a fed server sees, of {', '.join(UPDATE_ATTACKS)}; '' for none"},
+    )
+    update_targets: int = field(default=8, metadata={"help": "samples whose updates are attacked, a member each"})
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,23 @@ class Tournament(tradeoff.Config):
     )
 
 
+def attack_tasks(config: Attacks, options: Options) -> list[Task]:
+    """Return a task for each cut, protocol and seed, and for each federation whose updates are attacked."""
+    for name in config.update_attacks:
+        find("attack", name, UPDATE_ATTACKS)
+    name = "reconstruction_attacks"
+    found = tradeoff.tasks(replace(config, update_attacks=()), options, name=name) if config.attacks else []
+    sizes = sizes_of(options.data, private=config.private, auxiliary=config.auxiliary)
+    if config.update_attacks and not 1 <= config.update_targets <= sizes[0]:
+        raise ValueError(f"expected --update-targets between 1 and {sizes[0]}, got {config.update_targets}")
+    return [*found, *update_tasks(name, config, options, sizes=sizes)]
+
+
 RECONSTRUCTION_ATTACKS = Experiment(
     "reconstruction_attacks",
     "How well can inputs be rebuilt? Every attack at every depth of the cut, nothing protecting",
     Attacks,
-    partial(tradeoff.tasks, name="reconstruction_attacks"),
+    attack_tasks,
 )
 DEFENSE_TOURNAMENT = Experiment(
     "defense_tournament",

@@ -23,6 +23,8 @@ from splitlearn.train import predict
 __all__ = ["SHOWN", "Attacked", "aim_of", "attack_victim", "scored"]
 
 SHOWN = 8  # reconstructions kept for the picture
+KEPT = 25  # batches of the training, which stay in the view
+STAGES = 2  # of a model whose second is the server's, down to the logits
 UNDERTRAINED = 1.02  # times the error of the mean image
 
 
@@ -56,7 +58,11 @@ def attack_victim(
     for name in names:
         start = time.perf_counter()
         attack = replace(ATTACKS[name], threat=replace(ATTACKS[name].threat, releases=releases))
-        aim = aim_of(splits, training.seed, cut_at=training.cut)
+        top = trained.model[1] if isinstance(trained.model, nn.Sequential) and len(trained.model) == STAGES else None
+        if attack.needs_top and top is None:
+            done.notes.append(f"{name} was left out: the server holds no stage that puts out logits here")
+            continue
+        aim = replace(aim_of(splits, training.seed, cut_at=training.cut), top=top)
         results: dict[str, Reconstruction] = {}
         x = trained.victim_x[:targets]
         for member, one in attack.build(aim).items():
@@ -118,7 +124,9 @@ def scored(
 
 def _send(trained: Trained, targets: int, releases: int) -> None:
     assert trained.record is not None
-    trained.record.clear()
+    # What an evaluation sent is no part of it; of the training an attack may read the last samples.
+    training = [one for one in trained.record.exchanges if one.request.verb == "learn"][-KEPT:]
+    trained.record.clear(keep=training)
     for _ in range(releases):
         predict(trained.chain, trained.victim_x[:targets])
 

@@ -9,7 +9,7 @@ what crossed and nothing else.
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -66,11 +66,11 @@ class Recorded:
                 self.dropped += 1
         return reply
 
-    def clear(self) -> None:
-        """Forget the transcript."""
+    def clear(self, *, keep: Sequence[Exchange] = ()) -> None:
+        """Forget the transcript, but for some of its exchanges."""
         with self._lock:
-            self.exchanges.clear()
-            self._nbytes = self.dropped = 0
+            self.exchanges = deque(keep)
+            self._nbytes, self.dropped = sum(_nbytes(exchange) for exchange in keep), 0
 
 
 class Framed:

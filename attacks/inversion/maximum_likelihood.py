@@ -23,7 +23,7 @@ from attacks.inversion.priors import GaussianPrior, total_variation
 from attacks.inversion.reconstruction import Bounds, Reconstruction, auxiliary_inputs, bounded, seeded
 from splitlearn import Encoder, View
 
-__all__ = ["MaximumLikelihood"]
+__all__ = ["MaximumLikelihood", "descend", "misfit", "settled"]
 
 Term = tuple[Callable[[Tensor], Tensor], Tensor | float]  # a prior, and its weight in each problem or in all
 
@@ -96,23 +96,8 @@ class MaximumLikelihood:
     def _descend(
         self, encoder: Encoder, z: Tensor, start: Tensor, terms: Sequence[Term]
     ) -> tuple[Tensor, dict[str, float]]:
-        """Minimise ‖f(x) − z‖² plus the weighted priors, one problem a row, from ``start`` (one sample) for all."""
-        x = start.expand(len(z), *start.shape).clone().requires_grad_()
-        optimizer = torch.optim.Adam([x], self.lr)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations)
-        trace = []
-        for _ in range(self.iterations):
-            objective = _misfit(encoder(x), z)
-            for prior, weight in terms:
-                objective = objective + weight * prior(x)
-            optimizer.zero_grad()
-            objective.sum().backward()  # the rows are independent: each entry's gradient is its own problem's
-            optimizer.step()
-            decay.step()
-            with torch.no_grad():
-                x.copy_(bounded(x, self.bounds))
-            trace.append(objective.mean().item())
-        return x.detach(), _evidence(trace)
+        starts = start.expand(len(z), *start.shape)
+        return descend(encoder, z, starts, terms, iterations=self.iterations, lr=self.lr, bounds=self.bounds)
 
     def _middle(self, z: Tensor) -> Tensor:
         if self.input_shape is None:
@@ -124,7 +109,37 @@ class MaximumLikelihood:
         return z.new_full(self.input_shape, middle)
 
 
-def _misfit(f: Tensor, z: Tensor) -> Tensor:
+def descend(
+    path: Callable[[Tensor], Tensor],
+    z: Tensor,
+    start: Tensor,
+    terms: Sequence[Term],
+    *,
+    iterations: int,
+    lr: float,
+    bounds: Bounds | None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Minimise ‖path(x) − z‖² plus the weighted priors from ``start``, one problem a row; Adam, cosine decay."""
+    x = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], lr)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    trace = []
+    for _ in range(iterations):
+        objective = misfit(path(x), z)
+        for prior, weight in terms:
+            objective = objective + weight * prior(x)
+        optimizer.zero_grad()
+        objective.sum().backward()  # the rows are independent: each entry's gradient is its own problem's
+        optimizer.step()
+        decay.step()
+        with torch.no_grad():
+            x.copy_(bounded(x, bounds))
+        trace.append(objective.mean().item())
+    return x.detach(), settled(trace)
+
+
+def misfit(f: Tensor, z: Tensor) -> Tensor:
+    """Return ‖f − z‖² of each row; ``ValueError`` where the shapes differ."""
     if f.shape != z.shape:
         raise ValueError(
             f"expected inputs whose activations have the shape {tuple(z.shape)} of those seen, got {tuple(f.shape)}; "
@@ -133,7 +148,7 @@ def _misfit(f: Tensor, z: Tensor) -> Tensor:
     return (f - z).square().flatten(1).sum(1)
 
 
-def _evidence(trace: Sequence[float]) -> dict[str, float]:
+def settled(trace: Sequence[float]) -> dict[str, float]:
     """Return the mean objective at both ends; converged where the last tail lowered it by under 1 % of the first."""
     tail = max(1, int(TAIL * len(trace)))
     last, before = mean(trace[-tail:]), mean(trace[-2 * tail : -tail] or trace[:1])
