@@ -11,8 +11,22 @@ from functools import partial
 import torch
 from torch import nn
 
-from attacks import FORA, MaximumLikelihood, Shadow, UnSplit, decoder_family
-from defenses import NoPeek
+from attacks import FORA, FSHA, PCAT, SDAR, URVFL, MaximumLikelihood, Shadow, SplitSpy, UnSplit, decoder_family
+from defenses import (
+    MID,
+    AdversarialRepresentation,
+    Binarised,
+    Bottleneck,
+    Disco,
+    Dropout,
+    GaussianNoise,
+    LaplaceNoise,
+    NoPeek,
+    PatchShuffle,
+    Quantised,
+    ResSFL,
+    TopKActivations,
+)
 from defenses.detectors import GradientsScrutinizer, SplitGuard, SplitOut, honest_gradients
 from experiments import encrypted, setups, shares
 from experiments.parts import (
@@ -81,6 +95,74 @@ PROTECTIONS: dict[str, Protection] = {
         lambda strength: Shield(NoPeek(weight=number(strength, "a weight"))),
         CONTINUOUS,  # tokens have no distances to speak of
     ),
+    "gaussian_noise": Protection(
+        "unclipped Gaussian noise on activations: no ε",
+        "standard deviation",
+        ("0.1", "0.5", "1"),
+        lambda strength: Shield(GaussianNoise(number(strength, "a standard deviation"))),
+    ),
+    "laplace_noise": Protection(
+        "unclipped Laplace noise on activations: no ε",
+        "scale",
+        ("0.1", "0.5", "1"),
+        lambda strength: Shield(LaplaceNoise(number(strength, "a scale"))),
+    ),
+    "dropout": Protection(
+        "entries of activations dropped at random, in predictions too",
+        "share dropped",
+        ("0.3", "0.6", "0.9"),
+        lambda strength: Shield(Dropout(number(strength, "a share to drop"))),
+    ),
+    "quantised": Protection(
+        "activations of so many bits, each sample by its own range",
+        "bits",
+        ("4", "2", "1"),
+        lambda strength: Shield(Quantised(int(number(strength, "bits")))),
+    ),
+    "binarised": Protection("the signs of activations, and one scale", "", ("",), lambda _: Shield(Binarised())),
+    "top_k": Protection(
+        "the largest activations of each sample alone",
+        "fraction kept",
+        ("0.3", "0.1", "0.02"),
+        lambda strength: Shield(TopKActivations(number(strength, "a fraction to keep"))),
+    ),
+    "mid": Protection(
+        "MID: a variational bottleneck at the cut, whose rate is a penalty (Wang et al. 2021)",
+        "weight of the rate",
+        ("0.0001", "0.001", "0.01"),
+        lambda strength: Shield(MID(number(strength, "a weight")), layers=Bottleneck),
+        CONTINUOUS,
+    ),
+    "adversarial": Protection(
+        "adversarial representation: the bottom trains against a decoder of the client's own",
+        "weight of the decoder's error",
+        ("1", "3"),
+        lambda strength: Shield(AdversarialRepresentation(number(strength, "a weight"))),
+        CONTINUOUS,
+    ),
+    "disco": Protection(
+        "DISCO: channels pruned by a learned filter against a decoder of the client's own (Singh et al. 2021)",
+        "share of the channels pruned",
+        ("0.5", "0.75"),
+        lambda strength: Shield(
+            AdversarialRepresentation(1.0), layers=partial(Disco, ratio=number(strength, "a share to prune"))
+        ),
+        CONTINUOUS,
+    ),
+    "ressfl": Protection(
+        "ResSFL's penalty: a decoder of the client's own is to miss by SSIM (Li et al. 2022; no pretraining)",
+        "weight",
+        ("0.3", "1"),
+        lambda strength: Shield(ResSFL(number(strength, "a weight"))),
+        ("image",),
+    ),
+    "patch_shuffle": Protection(
+        "the places of a sequence's activations in a random order, for token models",
+        "fraction of the places",
+        ("1",),
+        lambda strength: Shield(PatchShuffle(number(strength, "a fraction to shuffle"))),
+        ("tokens",),
+    ),
     "compression": Protection(
         "int8 or top-k on the wire: is it a defense?", "int8, or fraction kept", ("int8", "0.1", "0.02"), compressed
     ),
@@ -123,6 +205,65 @@ ATTACKS: dict[str, Attack] = {
         "reconstruction",
         UNLABELLED,
         lambda aim: {"fora": FORA(seed=aim.seed)},
+    ),
+    "pcat": Attack(
+        "PCAT: a pseudo-client trained through the live server, a decoder after (Gao & Zhang 2023)",
+        "reconstruction",
+        LABELLED,
+        lambda aim: {"pcat": PCAT(bounds=aim.bounds, seed=aim.seed)},
+        steps=1000,
+    ),
+    "sdar": Attack(
+        "SDAR: a simulator of the client and its decoder, held to the client's by critics (Zhu et al. 2025)",
+        "reconstruction",
+        LABELLED,
+        lambda aim: {"sdar": SDAR(bounds=aim.bounds, stage=aim.stage, seed=aim.seed)},
+        steps=1500,
+        knows=("the architecture of the client's stage",),
+    ),
+    "sdar_plain": Attack(
+        "the same without critics, for comparison: the paper's ablation",
+        "reconstruction",
+        LABELLED,
+        lambda aim: {
+            "sdar_plain": SDAR(
+                bounds=aim.bounds, stage=aim.stage, seed=aim.seed, simulator_weight=0.0, decoder_weight=0.0
+            )
+        },
+        steps=1500,
+        knows=("the architecture of the client's stage",),
+    ),
+    "fsha": Attack(
+        "FSHA: the server's gradients pull the client to an autoencoder's activations (Pasquini et al. 2021)",
+        "reconstruction",
+        UNLABELLED,
+        lambda aim: {"fsha": FSHA(bounds=aim.bounds, seed=aim.seed)},
+        steps=1000,
+        active=True,
+    ),
+    "fsha_scaled": Attack(
+        "FSHA that scales its gradient a hundredfold, to drown a client's penalty",
+        "reconstruction",
+        UNLABELLED,
+        lambda aim: {"fsha_scaled": FSHA(bounds=aim.bounds, gradient_scale=100.0, seed=aim.seed)},
+        steps=1000,
+        active=True,
+    ),
+    "splitspy": Attack(
+        "SplitSpy: FSHA that answers batches honestly whose labels look random (Fu et al. 2023)",
+        "reconstruction",
+        UNLABELLED,
+        lambda aim: {"splitspy": SplitSpy(FSHA(bounds=aim.bounds, seed=aim.seed))},
+        steps=1000,
+        active=True,
+    ),
+    "urvfl": Attack(
+        "URVFL: FSHA whose critic knows the labels, so that its gradients look alike by label (2025)",
+        "reconstruction",
+        LABELLED,
+        lambda aim: {"urvfl": URVFL(classes=max(2, aim.classes), bounds=aim.bounds, seed=aim.seed)},
+        steps=1000,
+        active=True,
     ),
 }
 

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from splitlearn.data.dataset import Dataset, Modality
 from splitlearn.frames import Codec
@@ -21,10 +22,23 @@ CONTINUOUS: tuple[Modality, ...] = ("image", "signal", "table")
 
 @dataclass(frozen=True)
 class Shield:
-    """What protects one client: a guard on what it sends, a codec on its wire; by default neither."""
+    """What protects one client: a guard on what it sends, a codec on its wire, layers of its own; by default none.
+
+    ``layers(channels)`` makes what comes last in the bottom, for activations of so many channels, or columns.
+    """
 
     guard: Guard = field(default_factory=Guard)
     codec: Codec | None = None
+    layers: Callable[[int], nn.Module] | None = None
+
+    def shaped(self, bottom: nn.Module, x: Tensor) -> nn.Module:
+        """Return the bottom with these layers after it; ``x`` is an input [1, …] of its."""
+        if self.layers is None:
+            return bottom
+        with torch.no_grad():
+            channels = bottom(x).shape[1]
+        own = self.layers(channels)
+        return nn.Sequential(bottom, own.to(x.device, x.dtype) if x.is_floating_point() else own.to(x.device))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from experiments.training import Trained, Training, build_model
 from splitlearn.cut import cut
 from splitlearn.data import Splits
 from splitlearn.metrics import score_reconstruction
-from splitlearn.party import Learner
+from splitlearn.party import Guard, Learner
 from splitlearn.threat import Grants, View, granted, observe
 from splitlearn.train import predict
 
@@ -62,7 +62,7 @@ def attack_victim(
         if attack.needs_top and top is None:
             done.notes.append(f"{name} was left out: the server holds no stage that puts out logits here")
             continue
-        aim = replace(aim_of(splits, training.seed, cut_at=training.cut), top=top)
+        aim = replace(aim_of(splits, training.seed, cut_at=training.cut, shield=shield), top=top)
         results: dict[str, Reconstruction] = {}
         x = trained.victim_x[:targets]
         for member, one in attack.build(aim).items():
@@ -82,11 +82,14 @@ def attack_victim(
     return done
 
 
-def aim_of(splits: Splits, seed: int, *, cut_at: str = "") -> Aim:
-    """Return what is public about the inputs that an attack is after, and the architecture of who holds them."""
+def aim_of(splits: Splits, seed: int, *, cut_at: str = "", shield: Shield | None = None) -> Aim:
+    """Return what is public about the inputs that an attack is after, and the architecture of who holds them.
+
+    Who knows the architecture knows the protection, which is part of it.
+    """
     private = splits.private
     bounds = (0.0, 1.0) if private.kind == "image" else None
-    stage = _Fresh(cut_at, splits) if cut_at else None
+    stage = _Fresh(cut_at, splits, shield or Shield()) if cut_at else None
     return Aim(tuple(private.x.shape[1:]), bounds, seed, private.num_classes, stage)
 
 
@@ -164,9 +167,23 @@ class _Fresh:
 
     cut: str
     splits: Splits = field(repr=False)
+    shield: Shield = field(repr=False)
 
     def __call__(self) -> nn.Module:
-        return cut(build_model(self.splits, seed=int(torch.randint(1 << 31, ()))), self.cut)[0]
+        bottom = cut(build_model(self.splits, seed=int(torch.randint(1 << 31, ()))), self.cut)[0]
+        shaped = self.shield.shaped(bottom, self.splits.private.x[:1])
+        return shaped if type(self.shield.guard) is Guard else nn.Sequential(shaped, _Guarded(self.shield.guard))
+
+
+class _Guarded(nn.Module):
+    """What a guard makes of activations, as a layer."""
+
+    def __init__(self, guard: Guard):
+        super().__init__()
+        self.guard = guard.simulated()
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.guard.activation(z)
 
 
 def _doubts(leak: Leakage) -> list[str]:

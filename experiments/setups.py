@@ -93,7 +93,8 @@ def train_u_shaped(
 ) -> Trained:
     """U-shaped split learning: bottom, head and labels stay with the client, the server holds the middle."""
     model = build_model(splits, seed=training.seed).to(training.device)
-    bottom, middle, head = cut(model, training.cut, len(model) - 1)
+    below, middle, head = cut(model, training.cut, len(model) - 1)
+    bottom = _shaped(below, shield, splits.private.x[:1], training)
     client = _client(training, bottom, shield, 0)
     top = Learner("head", head, optimizer_for(head, training), seed=training.seed + 7)
     server = _server(training, middle)
@@ -204,6 +205,7 @@ def vertical_parts(
     learners = []
     for number, own in enumerate(columns):
         narrow = _narrow(splits, training, whole, len(own), clients) if splits.private.kind == "table" else whole
+        narrow = _shaped(narrow, shield, splits.private.x[:1][..., own], training)
         learners.append(_client(training, narrow, shield, number))
     # Images are joined side by side as they were parted, a table's clients by their features.
     side = SideBySide([one.stage for one in learners], columns, partial(torch.cat, dim=-1))
@@ -279,7 +281,8 @@ def _table(
     """Set the clients around a server whose stage they share, or of which each has a copy."""
     if infiltrate is not None and training.clients != 1:
         raise ValueError(f"expected one client where the server is infiltrated, got {training.clients}")
-    bottom, top = cut(build_model(splits, seed=training.seed).to(training.device), training.cut)
+    below, top = cut(build_model(splits, seed=training.seed).to(training.device), training.cut)
+    bottom = _shaped(below, shield, splits.private.x[:1], training)
     server = _server(training, top)
     clients = [_client(training, bottom, shield, number) for number in range(training.clients)]
     sessions = {one.name: server.session(one.name) if shared else server.replica(one.name) for one in clients}
@@ -291,6 +294,12 @@ def _table(
     return _Table(
         training, batches, members, remote, sessions, wires, meters, Learner("bottom", bottom), server, shield
     )
+
+
+def _shaped(bottom: nn.Module, shield: Shield, x: Tensor, training: Training) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        return shield.shaped(bottom, x.to(training.device))
 
 
 def _client(training: Training, stage: nn.Module, shield: Shield, number: int) -> Learner:

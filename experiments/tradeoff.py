@@ -1,5 +1,6 @@
 """How much leaks, what protects, and what that costs: every protection at every strength against every attack."""
 
+import re
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -93,7 +94,7 @@ class Trial:
             | ({"codec": shield.codec.name} if shield.codec else {}),
             "attacks": {
                 # as built for seed 0, so that trials that differ by their seed alone are seen to do so
-                name: {member: repr(one) for member, one in ATTACKS[name].build(replace(aim, seed=0)).items()}
+                name: {member: _told(one) for member, one in ATTACKS[name].build(replace(aim, seed=0)).items()}
                 for name in self.attacks
             },
         }
@@ -173,6 +174,11 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         delta=None if trained.claim is None else trained.claim.delta,
         accounts=[] if trained.claim is None else [str(trained.claim)],
     )  # fmt: skip
+
+
+def _told(attack: Any) -> str:
+    """Return an attack's settings as text, without where in memory a function of them lies."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(attack))
 
 
 def _strengths(spec: str) -> list[tuple[str, str]]:

@@ -30,6 +30,7 @@ from experiments.summary import summarise
 from experiments.tables import accounts_table
 from experiments.training import Training, load_splits
 from splitlearn.data import Splits
+from splitlearn.threat import Threat
 
 PROTECTING = tuple(name for name in MECHANISMS if name != "none")
 TOY = Config(
@@ -313,13 +314,13 @@ def test_three_passes_take_three_times_the_variance() -> None:
 
 def test_attackers_average_as_many_releases_as_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, Tensor]] = []
-    real = scoring.attacked
+    real = scoring.observe
 
-    def watched(name: str, attack: Attack, trained: Any, *rest: Any, **more: Any) -> Any:
-        seen.append((attack.threat.releases, len(trained.record.exchanges)))  # type: ignore[arg-type]
-        return real(name, attack, trained, *rest, **more)
+    def watched(record: Any, *, threat: Threat, **more: Any) -> Any:
+        seen.append((threat.releases, sum(one.request.verb == "predict" for one in record.exchanges)))
+        return real(record, threat=threat, **more)
 
-    monkeypatch.setattr(scoring, "attacked", watched)
+    monkeypatch.setattr(scoring, "observe", watched)
     monkeypatch.setitem(ATTACKS, "decoder", quick())
     outcome = only(TOY, TABLE, mechanisms=("gaussian",), passes=3, epochs=3, attacks=("decoder",)).call()
     assert seen == [(3, 3)]  # eight targets are one frame a release

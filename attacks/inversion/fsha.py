@@ -1,0 +1,378 @@
+"""FSHA: a malicious server that trains the client's stage into the encoder of its own autoencoder.
+
+Pasquini, Ateniese & Bernaschi 2021, "Unleashing the tiger: inference attacks on split learning" (CCS,
+arXiv:2012.02670). The attacker has unlabelled samples of its own. On these it trains a pilot (input -> activation) and
+a decoder (activation -> input) as an autoencoder. A critic (WGAN-GP) learns to tell the pilot's activations from the
+client's, and the client is sent the gradient by which its activations look more like the pilot's: the decoder then
+reads these too. For property inference a classifier of some attribute takes the decoder's place. Deviations:
+
+- the pilot's activations are scaled to a multiple of the spread of the first batch that the client sent, and a pilot of
+  no known architecture ends in a ReLU where that batch has no negative entry: no client is pulled to what it cannot
+  reach;
+- the decoder starts as the mean image, and its error is in units of the inputs' variance;
+- learning rates and penalty suit small networks (the paper: 1e-5 for the client and the autoencoder, 1e-4 for the
+  critic, 500), and the critic's optimizer has Adam's β at 0.5 and 0.9.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from attacks.inversion.encoders import Critic, gradient_penalty, stand_in
+from attacks.inversion.insider import Insider
+from attacks.inversion.networks import Convolutional, Dense, Network
+from attacks.inversion.reconstruction import Bounds, Reconstruction, auxiliary_inputs, bounded
+from splitlearn import Kind, Learner, View
+from splitlearn.randomness import Randomness
+
+__all__ = ["FSHA", "FSHAProperty", "Hijacker", "Hijacking", "Inference", "Pilot", "PropertyHijacker", "Rebuilder"]
+
+Shape = tuple[int, ...]
+Pilot = Callable[[], nn.Module]
+
+DECODER = Convolutional(16, 1)
+CLASSIFIER = Dense(128, 1)
+HELD_OUT = 0.15  # share of the auxiliary samples on which pilot and decoder are judged, not trained
+TAIL = 0.1  # share of the steps at the end over which convergence is judged
+BETAS = (0.5, 0.9)  # Adam's, of the critic
+WIDTH = 16  # channels of the critic, and of a pilot of no known architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hijacking:
+    """How a malicious server trains networks of its own, one step (Adam) a step of the client.
+
+    ``pilot`` makes the network in the client's place, None one of no architecture but the shapes' (``stand_in``). It
+    learns at ``lr``, with what reads its activations, on ``batch_size`` auxiliary samples; these activations spread
+    ``spread`` times as far as the client's first.
+    three convolutions; a stage of one convolution follows none but a pilot of its own architecture. ``penalty`` is the
+    weight of the critic's gradient penalty: a greater one (50) is slower, and the gradients tell less of the samples.
+    ``gradient_scale`` multiplies what is sent: against a client that adds a penalty of its own to the loss, as NoPeek
+    does, a great one makes the lie outweigh it.
+    """
+
+    pilot: Pilot | None = None
+    lr: float = 1e-3
+    critic_lr: float = 3e-3
+    penalty: float = 10.0
+    spread: float = 10.0
+    batch_size: int = 64
+    gradient_scale: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = (self.lr, self.critic_lr, self.spread, self.gradient_scale)
+        if not all(value > 0 for value in positive) or not self.penalty >= 0 or self.batch_size < 1:
+            raise ValueError(
+                f"expected learning rates, spread and gradient_scale > 0, a penalty of 0 or more and at least one "
+                f"sample a batch, got {positive}, {self.penalty} and {self.batch_size}; leave them out for the defaults"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSHA(Hijacking):
+    """Malicious server, unlabelled auxiliary samples. Puts an insider in the server's place, which rebuilds inputs.
+
+    ``network`` is the decoder; ``bounds`` are the least and greatest value of an input, None where these are not known.
+
+    For vanilla and U-shaped training. Of its gradients alone the client is lied to: the honest server is trained on the
+    client's activations beside the attack, and the loss, the predictions and, in the U shape, the middle's output are
+    that server's, so that the training seems to go well. (The paper's client sees gradients only.)
+    """
+
+    network: Network = DECODER
+    bounds: Bounds | None = (0.0, 1.0)
+
+    def insider(self, server: Learner, view: View) -> "Rebuilder":
+        """Return the party that takes the server's place."""
+        return Rebuilder(self, server, view, self.network, self.bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSHAProperty(Hijacking):
+    """Malicious server, auxiliary samples labelled with an attribute, 0 to ``classes`` − 1. Infers it of private ones.
+
+    The attribute (``auxiliary_y``) need not be what the client trains for. ``network`` is the classifier. What the
+    client sees is as in ``FSHA``.
+    """
+
+    classes: int
+    network: Network = CLASSIFIER
+
+    def insider(self, server: Learner, view: View) -> "PropertyHijacker":
+        """Return the party that takes the server's place."""
+        return PropertyHijacker(self, server, view)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Scores of an attribute's classes [N, classes], one row an activation in the view, and signs that it was tried."""
+
+    scores: Tensor
+    evidence: Mapping[str, float | str]
+
+
+class Hijacker(Insider):
+    """A server that keeps a party's methods, trains the honest server beside, and answers with gradients that lie.
+
+    Its networks are built once the first activation tells their shapes, and draw from a randomness of their own.
+    """
+
+    pilot: "Scaled"
+    reader: nn.Module  # reads activations: the decoder, or the classifier
+
+    def __init__(self, settings: Hijacking, server: Learner, view: View):
+        super().__init__(server)
+        self.settings = settings
+        view.tensors(Kind.ACTIVATION)  # an error where the threat does not let it read these
+        self.x = auxiliary_inputs(view, at_least=16, device=_home(server, view.auxiliary_x))
+        self.randomness = Randomness(settings.seed, server.name, type(self).__name__)
+        with self.randomness.own(self.x.device):
+            held_out, rest = torch.randperm(len(self.x)).tensor_split([max(2, int(HELD_OUT * len(self.x)))])
+        self.held_out, self.rest = held_out.to(self.x.device), rest.to(self.x.device)
+        self.errors: list[float] = []  # of the autoencoder in training, in units of the inputs' variance
+        self.gaps: list[float] = []  # by how much more the critic takes the pilot's activations for real
+        self._z: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the honest middle stage's output."""
+        self._z = x.detach()
+        return self.server.forward(x)
+
+    def backward(self, g: Tensor) -> Tensor | None:
+        """Have the honest middle stage learn; return a lie in place of the activation's gradient."""
+        honest, z = self.server.backward(g), self._z
+        self._z = None
+        return None if honest is None or z is None else self.answer(z, None, honest)
+
+    def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Have the honest server learn; return its loss, and a lie in place of the gradient."""
+        loss, honest = self.server.learn(z, y)
+        return loss, None if honest is None else self.answer(z.detach(), y, honest, loss)
+
+    def answer(self, z: Tensor, y: Tensor | None, honest: Tensor, loss: Tensor | None = None) -> Tensor:
+        """Take a step of the attack; return what is sent in place of the ``honest`` gradient."""
+        return self.settings.gradient_scale * self.hijacked(z.to(honest), y)
+
+    def hijacked(self, z: Tensor, y: Tensor | None) -> Tensor:
+        """Train the attacker's networks on ``z`` (and its labels); return the gradient that pulls it to the pilot's."""
+        with self.randomness.own(z.device):
+            if not self.errors:
+                self.build(z)
+            self.adapt(z, y)
+        return self.pull(z, y)
+
+    def build(self, z: Tensor) -> None:
+        """Make the networks for activations like ``z``."""
+        settings, shape = self.settings, tuple(z.shape[1:])
+        self.x = self.x.to(z)
+        pilot = self.make_pilot(shape, nonnegative=bool(z.min() >= 0))
+        self.pilot = Scaled(pilot, settings.spread * z.std(correction=0).item()).to(z)
+        self.reader = self.make_reader(shape).to(z)
+        self.optimizer = torch.optim.Adam([*self.pilot.parameters(), *self.reader.parameters()], settings.lr)
+        self.critic = Critic(shape, width=WIDTH).to(z)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), settings.critic_lr, BETAS)
+
+    def adapt(self, z: Tensor, y: Tensor | None) -> None:
+        """Take one step of pilot and reader, and one of the critic, which tells the pilot's activations from ``z``."""
+        rows = self.batch()
+        made = self.pilot(self.x[rows])
+        error = self.misfit(made, rows)
+        stepped(self.optimizer, error)
+        self.errors.append(error.item())
+        loss, gap = self.criticism(made.detach(), z)
+        stepped(self.critic_optimizer, loss)
+        self.gaps.append(gap)
+
+    def criticism(self, made: Tensor, z: Tensor) -> tuple[Tensor, float]:
+        """Return the critic's loss (WGAN-GP, Gulrajani et al. 2017, arXiv:1704.00028), and the gap that it finds."""
+        gap, both = self.critic(made).mean() - self.critic(z).mean(), min(len(made), len(z))
+        return self.settings.penalty * gradient_penalty(self.critic, made[:both], z[:both]) - gap, gap.item()
+
+    def pull(self, z: Tensor, y: Tensor | None) -> Tensor:
+        """Return the gradient that the client is sent: of how little its activations look like the pilot's."""
+        (g,) = torch.autograd.grad(-self.critic(leaf := z.detach().requires_grad_()).mean(), leaf)
+        return g
+
+    def make_pilot(self, shape: Shape, *, nonnegative: bool) -> nn.Module:
+        """Return the network in the client's place, with activations of this shape."""
+        if self.settings.pilot is not None:
+            return self.settings.pilot()
+        pilot = stand_in(tuple(self.x.shape[1:]), shape, width=WIDTH)
+        return nn.Sequential(pilot, nn.ReLU()) if nonnegative else pilot
+
+    def make_reader(self, shape: Shape) -> nn.Module:
+        """Return what reads activations of this shape."""
+        raise NotImplementedError
+
+    def misfit(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Return how badly the reader reads the pilot's activations ``z`` of these rows of the auxiliary samples."""
+        raise NotImplementedError
+
+    def batch(self) -> Tensor:
+        """Return the rows of some auxiliary samples to train on."""
+        picked = torch.randint(len(self.rest), (self.settings.batch_size,))
+        return self.rest[picked.to(self.rest.device)]
+
+    @torch.no_grad()
+    def read(self, view: View) -> Tensor:
+        """Return what the reader makes of the activations of the view's predict requests."""
+        if not self.errors:
+            raise LookupError("expected a server that took part in a training, got none yet; train with it first")
+        z = view.activations()
+        if z.shape[1:] != (seen := self.pilot(self.x[:2]).shape[1:]):
+            raise ValueError(
+                f"expected activations of the shape {tuple(seen)} that crossed in training, got {tuple(z.shape[1:])}; "
+                "record the same wire"
+            )
+        return torch.cat([self.reader(part) for part in z.to(self.x).split(256)]).to(z)
+
+    @torch.no_grad()
+    def evidence(self) -> dict[str, float | str]:
+        """Return the signs that it was tried.
+
+        Converged where neither the autoencoder's error fell, by 1 % of where it began, nor the critic's gap, by 10 % of
+        where it was greatest, over the last tenth of the steps. A gap that stays great says that the client was not
+        pulled all the way.
+        """
+        still = _fall(self.errors) < 0.01 * self.errors[0] and _fall(self.gaps) < 0.1 * abs(max(self.gaps))
+        return {
+            "critic_gap": mean(self.gaps[-_tail(self.gaps) :]),
+            "critic_gap_greatest": max(self.gaps),
+            "training_steps": float(len(self.gaps)),
+            "converged": float(still),
+        }
+
+
+class Rebuilder(Hijacker):
+    """The server of FSHA, called as an ``Inversion``. The decoder is used as the last step left it."""
+
+    def __init__(self, settings: Hijacking, server: Learner, view: View, network: Network, bounds: Bounds | None):
+        super().__init__(settings, server, view)
+        self.network, self.bounds = network, bounds
+        self.mean = self.x[self.rest].mean(0)
+        self.variance = (self.x[self.rest] - self.mean).square().mean() + torch.finfo(self.x.dtype).tiny
+
+    def make_reader(self, shape: Shape) -> nn.Module:
+        """Return a decoder, which starts as the mean image."""
+        decode = self.network.build(shape, tuple(self.x.shape[1:]))
+        return _Decode(decode, self.mean.to(self.x), self.variance.sqrt().item())
+
+    def misfit(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Return the mean squared error of the rebuilt inputs, in units of their variance."""
+        return mse_loss(self.reader(z), self.x[rows]) / self.variance.to(z)
+
+    def __call__(self, view: View) -> Reconstruction:
+        """Return what the decoder makes of the activations.
+
+        ``evidence`` holds the autoencoder's held-out error and that of the mean image. It cannot tell whether the
+        client's activations of an input are the pilot's of the same; ``critic_gap`` says how far the two are apart as a
+        whole.
+        """
+        x_hat = bounded(self.read(view), self.bounds)
+        held_out = self.x[self.held_out]
+        with torch.no_grad():
+            rebuilt = bounded(self.reader(self.pilot(held_out)), self.bounds)
+        errors = {
+            "auxiliary_mse": mse_loss(rebuilt, held_out).item(),
+            "auxiliary_mse_mean_image": mse_loss(self.mean.to(held_out).expand_as(held_out), held_out).item(),
+        }
+        return Reconstruction(x_hat, {**errors, **self.evidence()})
+
+
+class PropertyHijacker(Hijacker):
+    """The server of FSHA's property inference: ``infer`` in place of a call, since it rebuilds no input."""
+
+    def __init__(self, settings: FSHAProperty, server: Learner, view: View):
+        super().__init__(settings, server, view)
+        self.network, self.classes = settings.network, settings.classes
+        self.y = view.auxiliary_y.to(self.x.device)
+        check_labels(self.y, self.classes)
+
+    def make_reader(self, shape: Shape) -> nn.Module:
+        """Return a classifier of activations."""
+        return self.network.build(shape, (self.classes,))
+
+    def misfit(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Return the cross-entropy of the attribute."""
+        return cross_entropy(self.reader(z), self.y[rows])
+
+    def infer(self, view: View) -> Inference:
+        """Return the scores of the attribute; ``evidence`` holds the accuracy on held-out auxiliary samples."""
+        scores = self.read(view)
+        with torch.no_grad():
+            guess = self.reader(self.pilot(self.x[self.held_out])).argmax(1)
+        accuracy = (guess == self.y[self.held_out]).double().mean().item()
+        return Inference(scores, {"auxiliary_accuracy": accuracy, **self.evidence()})
+
+    def __call__(self, view: View) -> Reconstruction:
+        """Raise ``LookupError``: it rebuilds no input."""
+        raise LookupError("this attack infers an attribute and rebuilds no input; call infer(view)")
+
+
+class Scaled(nn.Module):
+    """A network whose activations have the standard deviation ``std`` over every batch."""
+
+    def __init__(self, network: nn.Module, std: float):
+        super().__init__()
+        self.network, self.std = network, std
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scaled activations."""
+        z: Tensor = self.network(x)
+        return z * (self.std / (z.std(correction=0) + torch.finfo(z.dtype).tiny))
+
+
+class _Decode(nn.Module):
+    """From an activation to an input: the network, rescale, add the mean input."""
+
+    mean: Tensor
+
+    def __init__(self, network: nn.Module, mean: Tensor, spread: float):
+        super().__init__()
+        self.network, self.spread = network, spread
+        self.register_buffer("mean", mean)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.mean + self.spread * self.network(z)
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raise ``ValueError`` unless ``y`` are class labels from 0 to ``classes`` − 1, one a sample."""
+    if y.ndim != 1 or y.is_floating_point() or not len(y) or not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ValueError(
+            f"expected labels from 0 to {classes - 1}, one a sample, got {y.dtype} of shape {tuple(y.shape)}"
+            + (f" from {y.min().item()} to {y.max().item()}" if y.numel() else "")
+            + "; set classes"
+        )
+
+
+def as_long_as(honest: Tensor, lie: Tensor) -> Tensor:
+    """Return the ``lie`` at the norm of the ``honest`` gradient."""
+    return honest.norm() / (lie.norm() + torch.finfo(lie.dtype).tiny) * lie
+
+
+def stepped(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Take one step down the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def _tail(values: Sequence[float]) -> int:
+    return max(1, int(TAIL * len(values)))
+
+
+def _fall(values: Sequence[float]) -> float:
+    """Return by how much the mean of the last tenth of the values is below that of as many before."""
+    tail = _tail(values)
+    return mean(values[-2 * tail : -tail] or values[:1]) - mean(values[-tail:])
+
+
+def _home(server: Learner, x: Tensor) -> torch.device:
+    parameter = next(server.stage.parameters(), None)
+    return x.device if parameter is None else parameter.device
