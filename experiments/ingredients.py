@@ -217,21 +217,15 @@ ATTACKS: dict[str, Attack] = {
         "SDAR: a simulator of the client and its decoder, held to the client's by critics (Zhu et al. 2025)",
         "reconstruction",
         LABELLED,
-        lambda aim: {"sdar": SDAR(bounds=aim.bounds, stage=aim.stage, seed=aim.seed)},
+        lambda aim: {"sdar": SDAR(bounds=aim.bounds, seed=aim.seed)},
         steps=1500,
-        knows=("the architecture of the client's stage",),
     ),
     "sdar_plain": Attack(
         "the same without critics, for comparison: the paper's ablation",
         "reconstruction",
         LABELLED,
-        lambda aim: {
-            "sdar_plain": SDAR(
-                bounds=aim.bounds, stage=aim.stage, seed=aim.seed, simulator_weight=0.0, decoder_weight=0.0
-            )
-        },
+        lambda aim: {"sdar_plain": SDAR(bounds=aim.bounds, seed=aim.seed, simulator_weight=0.0, decoder_weight=0.0)},
         steps=1500,
-        knows=("the architecture of the client's stage",),
     ),
     "fsha": Attack(
         "FSHA: the server's gradients pull the client to an autoencoder's activations (Pasquini et al. 2021)",

@@ -48,11 +48,11 @@ class Hijacking:
 
     ``pilot`` makes the network in the client's place, None one of no architecture but the shapes' (``stand_in``). It
     learns at ``lr``, with what reads its activations, on ``batch_size`` auxiliary samples; these activations spread
-    ``spread`` times as far as the client's first.
-    three convolutions; a stage of one convolution follows none but a pilot of its own architecture. ``penalty`` is the
-    weight of the critic's gradient penalty: a greater one (50) is slower, and the gradients tell less of the samples.
-    ``gradient_scale`` multiplies what is sent: against a client that adds a penalty of its own to the loss, as NoPeek
-    does, a great one makes the lie outweigh it.
+    ``spread`` times as far as the client's first. A stage of one convolution does not follow so far, nor any pilot but
+    one of its own architecture: take a spread of 1 and ``pilot`` there. ``penalty`` is the weight of the critic's
+    gradient penalty: a greater one (50) is slower, and the gradients tell less of the samples. ``gradient_scale``
+    multiplies what is sent: against a client that adds a penalty of its own to the loss, as NoPeek does, a great one
+    makes the lie outweigh it.
     """
 
     pilot: Pilot | None = None
