@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from math import acos, exp
 from typing import Any
 
@@ -45,12 +44,13 @@ class Run:
     guard: Guard | None = None
     false_labels: float = 0.0  # how often a batch is sent with labels drawn at random, and not trained on
     view: View | None = None
+    lr: float = 1e-3
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
         bottom, top = cut(digits_cnn(), self.place)
         adam = torch.optim.Adam
-        self.client = Learner("client", bottom, adam(bottom.parameters(), 1e-3), self.guard, seed=self.seed)
+        self.client = Learner("client", bottom, adam(bottom.parameters(), self.lr), self.guard, seed=self.seed)
         self.server = Learner("server", top, adam(top.parameters(), 1e-3), seed=self.seed)
         self.insider: Any = self.server
         if self.attack is not None:
@@ -99,10 +99,12 @@ def scrutinizer_gap(g: Tensor, y: Tensor) -> float:
 
 
 def splitguard_score(piles: dict[bool, list[Tensor]], start: int) -> float:
-    """Return σ(5·S)², S as Erdoğan et al. 2022 have it: whether false labels change the gradients."""
+    """Return σ(5·S)², S as Erdoğan et al. 2022 have it: whether false labels change the gradients.
+
+    The true ones are halved at random, of which the score depends much: the mean over 50 halvings.
+    """
     false, true = (torch.stack(piles[which]) for which in (True, False))
-    true = true[start:]
-    first, second = true[::2], true[1::2]
+    true, draw = true[start:], torch.Generator().manual_seed(0)
 
     def angle(a: Tensor, b: Tensor) -> float:
         return acos(max(-1.0, min(1.0, torch.cosine_similarity(a.mean(0), b.mean(0), dim=0).item())))
@@ -110,19 +112,24 @@ def splitguard_score(piles: dict[bool, list[Tensor]], start: int) -> float:
     def apart(a: Tensor, b: Tensor) -> float:
         return abs(a.norm(dim=1).mean() - b.norm(dim=1).mean()).item()
 
-    far, near = apart(false, true), apart(first, second)
-    s = (angle(false, true) * far - angle(first, second) * near) / (far + near)
-    return (1 / (1 + exp(-5 * s))) ** 2
+    scores = []
+    for _ in range(50):
+        half = torch.rand(len(true), generator=draw) < 0.5
+        far, near = apart(false, true), apart(true[half], true[~half])
+        s = (angle(false, true) * far - angle(true[half], true[~half]) * near) / (far + near)
+        scores.append((1 / (1 + exp(-5 * s))) ** 2)
+    return sum(scores) / len(scores)
 
 
 @pytest.fixture(scope="module")
 def hijacked() -> Run:
-    return Run(attack=FSHA()).train(200)
+    attack = FSHA(pilot=lambda: cut(digits_cnn(), "relu1")[0], spread=1.0, lr=2e-3, batch_size=32)
+    return Run("relu1", attack, lr=5e-3).train(200, batch_size=32)
 
 
 def test_fsha_rebuilds_inputs(hijacked: Run) -> None:
     score = hijacked.score()
-    assert score.metrics["mse"] < 0.045  # .007 at 1000 steps
+    assert score.metrics["mse"] < 0.02
     assert score.baselines["mse_mean_image"] == pytest.approx(0.073, abs=0.006)
     found = hijacked.insider(hijacked.seen(hijacked.client.predict(PARTS.private.x[:4])))
     assert found.x_hat.shape == (4, 1, 8, 8)
@@ -136,7 +143,7 @@ def test_fsha_without_a_signal_falls_to_the_baseline(hijacked: Run, destroyed: s
     x = PARTS.private.x[:128]
     z = hijacked.client.predict(x)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-    stranger = Run(seed=7).client
+    stranger = Run(hijacked.place, seed=7).client
     z = {
         "permuted": z.roll(1, 0),
         "another client's": stranger.predict(x),  # whom it never trained
@@ -153,7 +160,7 @@ def test_the_client_of_fsha_sees_a_training_that_goes_well(hijacked: Run) -> Non
 
 
 def test_the_scrutinizer_sees_fsha(hijacked: Run) -> None:
-    honest = Run().train(60)
+    honest = Run("relu1").train(60)
     assert sum(hijacked.gaps[:100]) / 100 < 0.01  # later some more, as the critic learns
     assert sum(honest.gaps[-20:]) / 20 > 0.25
 
@@ -229,17 +236,23 @@ def test_the_gradient_is_scaled() -> None:
     assert torch.allclose(louder, 10 * once)
 
 
-def test_an_attribute_that_the_client_does_not_train_for_is_inferred() -> None:
-    odd = partial(Run, attack=FSHAProperty(classes=2), view=knowing(labels=PARTS.auxiliary.y % 2))
-    run = odd().train(250)
-    found = run.insider.infer(run.seen(run.client.predict(PARTS.private.x[:200])))
-    assert found.scores.shape == (200, 2)
-    assert accuracy(found.scores, PARTS.private.y[:200] % 2) > 0.7
-    assert found.evidence["auxiliary_accuracy"] > 0.8
-    shuffled = run.insider.infer(run.seen(run.client.predict(PARTS.private.x[:200]).roll(1, 0)))
-    assert accuracy(shuffled.scores, PARTS.private.y[:200] % 2) < 0.65
-    with pytest.raises(LookupError, match="call infer"):
-        run.insider(run.seen(run.client.predict(PARTS.private.x[:2])))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_an_attribute_that_the_client_does_not_train_for_is_inferred(seed: int) -> None:
+    odd = knowing(labels=PARTS.auxiliary.y % 2)
+    run = Run(attack=FSHAProperty(classes=2, seed=seed), seed=seed, view=odd).train(500)
+    z, y = run.client.predict(PARTS.private.x[:200]), PARTS.private.y[:200] % 2
+    found = run.insider.infer(run.seen(z))
+    assert accuracy(found.scores, y) > 0.85
+    assert found.evidence["auxiliary_accuracy"] > 0.9
+    assert accuracy(run.insider.infer(run.seen(z.roll(1, 0))).scores, y) < 0.65
+
+
+def test_the_property_attack_scores_every_class_and_rebuilds_too() -> None:
+    run = Run(attack=FSHAProperty(classes=10, **TINY)).train(2)
+    view = run.seen(run.client.predict(PARTS.private.x[:4]))
+    assert run.insider.infer(view).scores.shape == (4, 10)
+    assert run.insider(view).x_hat.shape == (4, 1, 8, 8)
     with pytest.raises(ValueError, match="set classes"):
         Run(attack=FSHAProperty(classes=2)).train(1)
 
@@ -352,10 +365,12 @@ def _view_of(z: Tensor) -> View:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_figures_of_fsha(seed: int) -> None:
-    run = Run(attack=FSHA(seed=seed), seed=seed, false_labels=0.05).train(1000)
-    assert run.score().metrics["mse"] < 0.014
-    assert sum(run.gaps[:100]) / 100 < 0.01  # honest: .25 and more; it rises later, as the critic learns
-    assert splitguard_score(run.piles, start=20) < 0.7
+    run = Run(attack=FSHA(seed=seed), seed=seed, false_labels=0.1).train(400)
+    assert splitguard_score(run.piles, start=20) < 0.9  # honest: 1.000
+    assert sum(run.gaps[:50]) / 50 < 0.01  # honest: .55
+    assert sum(run.gaps[-100:]) / 100 < 0.2  # honest: .45; the better the critic, the more samples differ by class
+    run.false_labels = 0.0
+    assert run.train(600).score().metrics["mse"] < 0.014
 
 
 @pytest.mark.slow
@@ -375,7 +390,7 @@ def test_the_figures_of_fsha_at_other_cuts(place: str, attack: FSHA, mse: float)
 def test_splitspy_passes_splitguard_and_rebuilds(seed: int) -> None:
     run = Run(attack=SplitSpy(FSHA(seed=seed)), seed=seed, false_labels=0.1).train(600)
     assert run.score().metrics["mse"] < 0.025
-    assert splitguard_score(run.piles, start=20) > 0.9
+    assert splitguard_score(run.piles, start=20) > 0.8
     assert run.insider.suspected > 0.7 * len(run.piles[True])
     assert sum(run.gaps[-200:]) / 200 < 0.2  # which the Scrutinizer still sees
 
@@ -385,7 +400,7 @@ def test_splitspy_passes_splitguard_and_rebuilds(seed: int) -> None:
 def test_urvfl_passes_both_detectors_and_rebuilds(seed: int) -> None:
     run = Run(attack=URVFL(classes=10, seed=seed), seed=seed, false_labels=0.1).train(600)
     assert run.score().metrics["mse"] < 0.02
-    assert splitguard_score(run.piles, start=20) > 0.9
+    assert splitguard_score(run.piles, start=20) > 0.95
     assert sum(run.gaps) / len(run.gaps) > 0.2
 
 
@@ -395,5 +410,5 @@ def test_a_louder_lie_outweighs_nopeek() -> None:
         Run(attack=FSHA(gradient_scale=scale), guard=NoPeek(30.0)).train(400).score().metrics["mse"]
         for scale in (1.0, 100.0)
     )
-    assert loud < 0.02
+    assert loud < 0.03
     assert quiet > 0.05

@@ -4,11 +4,13 @@ Pasquini, Ateniese & Bernaschi 2021, "Unleashing the tiger: inference attacks on
 arXiv:2012.02670). The attacker has unlabelled samples of its own. On these it trains a pilot (input -> activation) and
 a decoder (activation -> input) as an autoencoder. A critic (WGAN-GP) learns to tell the pilot's activations from the
 client's, and the client is sent the gradient by which its activations look more like the pilot's: the decoder then
-reads these too. For property inference a classifier of some attribute takes the decoder's place. Deviations:
+reads these too. For property inference a classifier of some attribute reads them. Deviations:
 
 - the pilot's activations are scaled to a multiple of the spread of the first batch that the client sent, and a pilot of
   no known architecture ends in a ReLU where that batch has no negative entry: no client is pulled to what it cannot
   reach;
+- for property inference the decoder stays, beside the classifier: pilots that keep nothing but the attribute can be
+  followed the wrong way round;
 - the decoder starts as the mean image, and its error is in units of the inputs' variance;
 - learning rates and penalty suit small networks (the paper: 1e-5 for the client and the autoencoder, 1e-4 for the
   critic, 500), and the critic's optimizer has Adam's β at 0.5 and 0.9.
@@ -29,7 +31,7 @@ from attacks.inversion.reconstruction import Bounds, Reconstruction, auxiliary_i
 from splitlearn import Kind, Learner, View
 from splitlearn.randomness import Randomness
 
-__all__ = ["FSHA", "FSHAProperty", "Hijacker", "Hijacking", "Inference", "Pilot", "PropertyHijacker", "Rebuilder"]
+__all__ = ["FSHA", "FSHAProperty", "Hijacker", "Hijacking", "Inference", "PropertyHijacker"]
 
 Shape = tuple[int, ...]
 Pilot = Callable[[], nn.Module]
@@ -46,6 +48,7 @@ WIDTH = 16  # channels of the critic, and of a pilot of no known architecture
 class Hijacking:
     """How a malicious server trains networks of its own, one step (Adam) a step of the client.
 
+    ``network`` is the decoder; ``bounds`` are the least and greatest value of an input, None where these are not known.
     ``pilot`` makes the network in the client's place, None one of no architecture but the shapes' (``stand_in``). It
     learns at ``lr``, with what reads its activations, on ``batch_size`` auxiliary samples; these activations spread
     ``spread`` times as far as the client's first. A stage of one convolution does not follow so far, nor any pilot but
@@ -55,7 +58,9 @@ class Hijacking:
     makes the lie outweigh it.
     """
 
+    network: Network = DECODER
     pilot: Pilot | None = None
+    bounds: Bounds | None = (0.0, 1.0)
     lr: float = 1e-3
     critic_lr: float = 3e-3
     penalty: float = 10.0
@@ -77,31 +82,26 @@ class Hijacking:
 class FSHA(Hijacking):
     """Malicious server, unlabelled auxiliary samples. Puts an insider in the server's place, which rebuilds inputs.
 
-    ``network`` is the decoder; ``bounds`` are the least and greatest value of an input, None where these are not known.
-
     For vanilla and U-shaped training. Of its gradients alone the client is lied to: the honest server is trained on the
     client's activations beside the attack, and the loss, the predictions and, in the U shape, the middle's output are
     that server's, so that the training seems to go well. (The paper's client sees gradients only.)
     """
 
-    network: Network = DECODER
-    bounds: Bounds | None = (0.0, 1.0)
-
-    def insider(self, server: Learner, view: View) -> "Rebuilder":
+    def insider(self, server: Learner, view: View) -> "Hijacker":
         """Return the party that takes the server's place."""
-        return Rebuilder(self, server, view, self.network, self.bounds)
+        return Hijacker(self, server, view)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FSHAProperty(Hijacking):
+class FSHAProperty(FSHA):
     """Malicious server, auxiliary samples labelled with an attribute, 0 to ``classes`` − 1. Infers it of private ones.
 
-    The attribute (``auxiliary_y``) need not be what the client trains for. ``network`` is the classifier. What the
-    client sees is as in ``FSHA``.
+    The attribute (``auxiliary_y``) need not be what the client trains for. ``classifier`` reads it from activations,
+    and is trained with the autoencoder. What the client sees is as in ``FSHA``.
     """
 
     classes: int
-    network: Network = CLASSIFIER
+    classifier: Network = CLASSIFIER
 
     def insider(self, server: Learner, view: View) -> "PropertyHijacker":
         """Return the party that takes the server's place."""
@@ -117,13 +117,11 @@ class Inference:
 
 
 class Hijacker(Insider):
-    """A server that keeps a party's methods, trains the honest server beside, and answers with gradients that lie.
+    """The server of FSHA: keeps a party's methods, trains the honest server beside, and lies in its gradients alone.
 
-    Its networks are built once the first activation tells their shapes, and draw from a randomness of their own.
+    Its networks are built once the first activation tells their shapes, and draw from a randomness of their own. The
+    decoder is used as the last step left it.
     """
-
-    pilot: "Scaled"
-    reader: nn.Module  # reads activations: the decoder, or the classifier
 
     def __init__(self, settings: Hijacking, server: Learner, view: View):
         super().__init__(server)
@@ -134,6 +132,8 @@ class Hijacker(Insider):
         with self.randomness.own(self.x.device):
             held_out, rest = torch.randperm(len(self.x)).tensor_split([max(2, int(HELD_OUT * len(self.x)))])
         self.held_out, self.rest = held_out.to(self.x.device), rest.to(self.x.device)
+        self.mean = self.x[self.rest].mean(0)
+        self.variance = (self.x[self.rest] - self.mean).square().mean().item() + torch.finfo(self.x.dtype).tiny
         self.errors: list[float] = []  # of the autoencoder in training, in units of the inputs' variance
         self.gaps: list[float] = []  # by how much more the critic takes the pilot's activations for real
         self._z: Tensor | None = None
@@ -169,11 +169,16 @@ class Hijacker(Insider):
     def build(self, z: Tensor) -> None:
         """Make the networks for activations like ``z``."""
         settings, shape = self.settings, tuple(z.shape[1:])
-        self.x = self.x.to(z)
-        pilot = self.make_pilot(shape, nonnegative=bool(z.min() >= 0))
-        self.pilot = Scaled(pilot, settings.spread * z.std(correction=0).item()).to(z)
-        self.reader = self.make_reader(shape).to(z)
-        self.optimizer = torch.optim.Adam([*self.pilot.parameters(), *self.reader.parameters()], settings.lr)
+        self.shape, self.x, self.mean = shape, self.x.to(z), self.mean.to(z)
+        if settings.pilot is not None:
+            pilot = settings.pilot()
+        else:
+            pilot = stand_in(tuple(self.x.shape[1:]), shape, width=WIDTH)
+            pilot = nn.Sequential(pilot, nn.ReLU()) if z.min() >= 0 else pilot
+        self.pilot = _Scaled(pilot, settings.spread * z.std(correction=0).item()).to(z)
+        decode = settings.network.build(shape, tuple(self.x.shape[1:]))
+        self.decode = _Decode(decode, self.mean, self.variance**0.5).to(z)
+        self.optimizer = torch.optim.Adam([*self.pilot.parameters(), *self.decode.parameters()], settings.lr)
         self.critic = Critic(shape, width=WIDTH).to(z)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), settings.critic_lr, BETAS)
 
@@ -198,20 +203,9 @@ class Hijacker(Insider):
         (g,) = torch.autograd.grad(-self.critic(leaf := z.detach().requires_grad_()).mean(), leaf)
         return g
 
-    def make_pilot(self, shape: Shape, *, nonnegative: bool) -> nn.Module:
-        """Return the network in the client's place, with activations of this shape."""
-        if self.settings.pilot is not None:
-            return self.settings.pilot()
-        pilot = stand_in(tuple(self.x.shape[1:]), shape, width=WIDTH)
-        return nn.Sequential(pilot, nn.ReLU()) if nonnegative else pilot
-
-    def make_reader(self, shape: Shape) -> nn.Module:
-        """Return what reads activations of this shape."""
-        raise NotImplementedError
-
     def misfit(self, z: Tensor, rows: Tensor) -> Tensor:
-        """Return how badly the reader reads the pilot's activations ``z`` of these rows of the auxiliary samples."""
-        raise NotImplementedError
+        """Return the error of these rows of the auxiliary samples, rebuilt from ``z``, in units of their variance."""
+        return mse_loss(self.decode(z), self.x[rows]) / self.variance
 
     def batch(self) -> Tensor:
         """Return the rows of some auxiliary samples to train on."""
@@ -219,17 +213,34 @@ class Hijacker(Insider):
         return self.rest[picked.to(self.rest.device)]
 
     @torch.no_grad()
-    def read(self, view: View) -> Tensor:
-        """Return what the reader makes of the activations of the view's predict requests."""
-        if not self.errors:
-            raise LookupError("expected a server that took part in a training, got none yet; train with it first")
+    def __call__(self, view: View) -> Reconstruction:
+        """Return what the decoder makes of the activations.
+
+        ``evidence`` holds the autoencoder's held-out error and that of the mean image. It cannot tell whether the
+        client's activations of an input are the pilot's of the same; ``critic_gap`` says how far the two are apart as a
+        whole.
+        """
+        z, held_out = self.received(view), self.x[self.held_out]
+        x_hat = torch.cat([bounded(self.decode(part), self.settings.bounds) for part in z.split(256)])
+        rebuilt = bounded(self.decode(self.pilot(held_out)), self.settings.bounds)
+        errors = {
+            "auxiliary_mse": mse_loss(rebuilt, held_out).item(),
+            "auxiliary_mse_mean_image": mse_loss(self.mean.expand_as(held_out), held_out).item(),
+        }
+        return Reconstruction(x_hat, {**errors, **self.evidence()})
+
+    @torch.no_grad()
+    def received(self, view: View) -> Tensor:
+        """Return the activations of the view's predict requests, once there was a training to read them by."""
         z = view.activations()
-        if z.shape[1:] != (seen := self.pilot(self.x[:2]).shape[1:]):
+        if not self.gaps:
+            raise LookupError("expected a server that took part in a training, got none yet; train with it first")
+        if z.shape[1:] != self.shape:
             raise ValueError(
-                f"expected activations of the shape {tuple(seen)} that crossed in training, got {tuple(z.shape[1:])}; "
+                f"expected activations of the shape {self.shape} that crossed in training, got {tuple(z.shape[1:])}; "
                 "record the same wire"
             )
-        return torch.cat([self.reader(part) for part in z.to(self.x).split(256)]).to(z)
+        return z.to(self.x)
 
     @torch.no_grad()
     def evidence(self) -> dict[str, float | str]:
@@ -248,73 +259,36 @@ class Hijacker(Insider):
         }
 
 
-class Rebuilder(Hijacker):
-    """The server of FSHA, called as an ``Inversion``. The decoder is used as the last step left it."""
-
-    def __init__(self, settings: Hijacking, server: Learner, view: View, network: Network, bounds: Bounds | None):
-        super().__init__(settings, server, view)
-        self.network, self.bounds = network, bounds
-        self.mean = self.x[self.rest].mean(0)
-        self.variance = (self.x[self.rest] - self.mean).square().mean() + torch.finfo(self.x.dtype).tiny
-
-    def make_reader(self, shape: Shape) -> nn.Module:
-        """Return a decoder, which starts as the mean image."""
-        decode = self.network.build(shape, tuple(self.x.shape[1:]))
-        return _Decode(decode, self.mean.to(self.x), self.variance.sqrt().item())
-
-    def misfit(self, z: Tensor, rows: Tensor) -> Tensor:
-        """Return the mean squared error of the rebuilt inputs, in units of their variance."""
-        return mse_loss(self.reader(z), self.x[rows]) / self.variance.to(z)
-
-    def __call__(self, view: View) -> Reconstruction:
-        """Return what the decoder makes of the activations.
-
-        ``evidence`` holds the autoencoder's held-out error and that of the mean image. It cannot tell whether the
-        client's activations of an input are the pilot's of the same; ``critic_gap`` says how far the two are apart as a
-        whole.
-        """
-        x_hat = bounded(self.read(view), self.bounds)
-        held_out = self.x[self.held_out]
-        with torch.no_grad():
-            rebuilt = bounded(self.reader(self.pilot(held_out)), self.bounds)
-        errors = {
-            "auxiliary_mse": mse_loss(rebuilt, held_out).item(),
-            "auxiliary_mse_mean_image": mse_loss(self.mean.to(held_out).expand_as(held_out), held_out).item(),
-        }
-        return Reconstruction(x_hat, {**errors, **self.evidence()})
-
-
 class PropertyHijacker(Hijacker):
-    """The server of FSHA's property inference: ``infer`` in place of a call, since it rebuilds no input."""
+    """The server of FSHA's property inference: ``infer`` returns the attribute, a call still rebuilds inputs."""
 
     def __init__(self, settings: FSHAProperty, server: Learner, view: View):
         super().__init__(settings, server, view)
-        self.network, self.classes = settings.network, settings.classes
+        self.classes, self.classifier = settings.classes, settings.classifier
         self.y = view.auxiliary_y.to(self.x.device)
         check_labels(self.y, self.classes)
 
-    def make_reader(self, shape: Shape) -> nn.Module:
-        """Return a classifier of activations."""
-        return self.network.build(shape, (self.classes,))
+    def build(self, z: Tensor) -> None:
+        """Make the networks, the classifier too."""
+        super().build(z)
+        self.classify = self.classifier.build(self.shape, (self.classes,)).to(z)
+        self.optimizer.add_param_group({"params": self.classify.parameters()})
 
     def misfit(self, z: Tensor, rows: Tensor) -> Tensor:
-        """Return the cross-entropy of the attribute."""
-        return cross_entropy(self.reader(z), self.y[rows])
+        """Return the error of the rebuilt inputs, and the cross-entropy of the attribute."""
+        return super().misfit(z, rows) + cross_entropy(self.classify(z), self.y[rows])
 
+    @torch.no_grad()
     def infer(self, view: View) -> Inference:
         """Return the scores of the attribute; ``evidence`` holds the accuracy on held-out auxiliary samples."""
-        scores = self.read(view)
-        with torch.no_grad():
-            guess = self.reader(self.pilot(self.x[self.held_out])).argmax(1)
+        z = self.received(view)
+        guess = self.classify(self.pilot(self.x[self.held_out])).argmax(1)
         accuracy = (guess == self.y[self.held_out]).double().mean().item()
+        scores = torch.cat([self.classify(part) for part in z.split(256)])
         return Inference(scores, {"auxiliary_accuracy": accuracy, **self.evidence()})
 
-    def __call__(self, view: View) -> Reconstruction:
-        """Raise ``LookupError``: it rebuilds no input."""
-        raise LookupError("this attack infers an attribute and rebuilds no input; call infer(view)")
 
-
-class Scaled(nn.Module):
+class _Scaled(nn.Module):
     """A network whose activations have the standard deviation ``std`` over every batch."""
 
     def __init__(self, network: nn.Module, std: float):
@@ -322,7 +296,6 @@ class Scaled(nn.Module):
         self.network, self.std = network, std
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the scaled activations."""
         z: Tensor = self.network(x)
         return z * (self.std / (z.std(correction=0) + torch.finfo(z.dtype).tiny))
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attacks.inversion.fsha import FSHA, Rebuilder, as_long_as
+from attacks.inversion.fsha import FSHA, Hijacker, as_long_as
 from splitlearn import Kind, Learner, View
 
 __all__ = ["SplitSpy", "Spy"]
@@ -48,11 +48,11 @@ class SplitSpy:
         return Spy(self, server, view)
 
 
-class Spy(Rebuilder):
+class Spy(Hijacker):
     """The server of SplitSpy. ``suspected`` counts the batches, since it began to lie, that it answered honestly."""
 
     def __init__(self, settings: SplitSpy, server: Learner, view: View):
-        super().__init__(settings.hijack, server, view, settings.hijack.network, settings.hijack.bounds)
+        super().__init__(settings.hijack, server, view)
         self.suspicion = settings.suspicion
         self.lies = self.suspected = 0
         self._counts = torch.zeros(0, dtype=torch.float64)

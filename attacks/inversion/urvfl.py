@@ -20,9 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from attacks.inversion.fsha import BETAS, DECODER, Hijacking, Rebuilder, as_long_as, check_labels, stepped
-from attacks.inversion.networks import Network
-from attacks.inversion.reconstruction import Bounds
+from attacks.inversion.fsha import BETAS, Hijacker, Hijacking, as_long_as, check_labels, stepped
 from splitlearn import Kind, Learner, View
 
 __all__ = ["URVFL", "ClassAware"]
@@ -32,16 +30,14 @@ __all__ = ["URVFL", "ClassAware"]
 class URVFL(Hijacking):
     """Malicious server that is sent labels, 0 to ``classes`` − 1; labelled auxiliary samples. For vanilla training.
 
-    Pilot and decoder (``network``) take ``pretraining`` steps once the first activation tells their shapes, and stay.
+    Pilot and decoder take ``pretraining`` steps once the first activation tells their shapes, and stay.
     ``label_weight`` is the norm of the classifier's part of a lie over the critic's: the greater, the more honest it
-    looks, and the less it pulls. ``bounds`` are the least and greatest value of an input, None where not known.
+    looks, and the less it pulls.
     """
 
     classes: int
     pretraining: int = 500
     label_weight: float = 1.0
-    network: Network = DECODER
-    bounds: Bounds | None = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,13 +52,13 @@ class URVFL(Hijacking):
         return ClassAware(self, server, view)
 
 
-class ClassAware(Rebuilder):
+class ClassAware(Hijacker):
     """The server of URVFL. Pilot and decoder stay as the pretraining left them."""
 
     settings: URVFL
 
     def __init__(self, settings: URVFL, server: Learner, view: View):
-        super().__init__(settings, server, view, settings.network, settings.bounds)
+        super().__init__(settings, server, view)
         view.tensors(Kind.LABEL)  # an error where the threat does not let it read these
         self.y = view.auxiliary_y.to(self.x.device)
         check_labels(self.y, settings.classes)
