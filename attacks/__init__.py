@@ -2,7 +2,7 @@
 
 from attacks.inversion.decoder import Convolutional, Decoder, Dense, decoder_family
 from attacks.inversion.fora import FORA
-from attacks.inversion.fsha import FSHA, FSHAProperty
+from attacks.inversion.fsha import FSHA, FSHAProperty, Inference
 from attacks.inversion.grn import GRN
 from attacks.inversion.insider import Infiltration, Insider
 from attacks.inversion.latent import LatentSearch
@@ -35,6 +35,7 @@ __all__ = [
     "FSHAProperty",
     "FirstParty",
     "GradientMatching",
+    "Inference",
     "Infiltration",
     "Insider",
     "Inversion",
