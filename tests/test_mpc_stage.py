@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -781,16 +782,23 @@ def test_a_loss_on_shares_holds_however_far_logits_are_apart(spread: float, serv
 
 
 def test_more_classes_than_the_reciprocal_holds_for_are_refused(servers: Servers) -> None:
-    stage = SharedStage(servers, nn.Linear(2, 250), lr=0.1)
-    with pytest.raises(ValueError, match=r"at most 249 classes.*got 250; keep the loss with the client"):
+    stage = SharedStage(servers, nn.Linear(2, 1001), lr=0.1)
+    with pytest.raises(ValueError, match=r"at most 1000 classes.*got 1001; keep the loss with the client"):
         stage.learn(torch.rand(2, 2), torch.tensor([0, 1]))
-    top = nn.Linear(2, 249)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 249, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_loss_on_shares_holds_for_many_classes(classes: int, servers: Servers) -> None:
+    top = nn.Linear(2, classes)
     nn.init.zeros_(top.weight)
     nn.init.zeros_(top.bias)
-    z = torch.rand(2, 2)
     stage = SharedStage(servers, top, lr=1.0)
-    stage.learn(z, torch.tensor([0, 1]))
-    assert float(stage.weights()["bias"][:3].sum() - (1 - 3 / 249)) == pytest.approx(0, abs=0.02)
+    for step in range(3):
+        loss, _ = stage.learn(torch.rand(2, 2), torch.tensor([0, 1]))
+        assert step or float(loss) == pytest.approx(log(classes), rel=0.05)
+    bias = stage.weights()["bias"]
+    assert float(bias[:2].sum()) > 0.9 if classes > 2 else abs(float(bias[0])) < 0.1
+    assert float(bias.sum()) == pytest.approx(0, abs=0.05)
 
 
 @pytest.mark.parametrize("kernel", [3, 7, 28])

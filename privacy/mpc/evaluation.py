@@ -139,12 +139,14 @@ def fresh(tensor: Any) -> Tensor:
 def softmax(logits: Any) -> Any:
     """Return the softmax over the second dimension; CrypTen's own, whose exponential turns back up below −512.
 
-    What is 64 and more below the greatest is taken to be 64 below, which fixed point has as 0.
+    What is 64 and more below the greatest is taken to be 64 below, which fixed point has as 0. The reciprocal is of the
+    mean over the classes, from 1 / classes to 1: that of their sum would have few digits, and its square none.
     """
+    classes = logits.size(1)
     below = logits.sub(logits.max(1, keepdim=True)[0]).add(FAR_BELOW).relu().sub(FAR_BELOW)
     shares = below.exp()
     with crypten.cfg.temp_override({"functions.reciprocal_all_pos": True}):
-        return shares.mul(shares.sum(1, keepdim=True).reciprocal())
+        return shares.mul(shares.sum(1, keepdim=True).div(classes).reciprocal()).div(classes)
 
 
 def _scaled(shares: Mapping[str, Tensor], factor: float, bits: int) -> dict[str, Tensor]:

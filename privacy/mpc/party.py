@@ -17,7 +17,7 @@ from splitlearn.wire import Metered
 __all__ = ["MOST_LR", "SharedStage", "SharedTop", "StageClient"]
 
 MOST_LR = 1e3
-MOST_CLASSES = 249  # CrypTen's reciprocal starts from an exponential, which diverges from 256 on
+MOST_CLASSES = 1000  # whose mean has a reciprocal that is reached in ten iterations, and digits enough
 LEAST_JOINED = 2
 LossTo = Literal["client", "nobody"]
 Replies = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
@@ -48,7 +48,7 @@ class SharedStage:
       batch, not as means, so that they have as many digits as activations.
     - Deviations: of CrypTen's approximations, which ``learn`` takes, exp is (1 + x/256)^256 and log is good to 2 %, so
       that the loss it reveals differs from the plain one by some hundredths, and gradients by about a hundredth; its
-      reciprocal holds for fewer than 250 classes, and more are refused. ``forward`` and ``backward`` are exact to fixed
+      reciprocal holds for up to 1000 classes, and more are refused. ``forward`` and ``backward`` are exact to fixed
       point, and so are steps of SGD: every product of a training is cut back exactly (``truncation``), as long as it is
       below 2^30. Past that it is wrong, which nobody checks inside a stage: keep activations and gradients scaled.
     - Products of ``predict`` are cut back by each server alone, which saves a round each and wraps around, rarely (for
