@@ -1,12 +1,12 @@
 """Sparse activations: only the largest entries of each sample are sent."""
 
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import Tensor
 
 from splitlearn import Guard
+from splitlearn.codecs import kept_of
 
 __all__ = ["TopKActivations"]
 
@@ -34,7 +34,6 @@ class TopKActivations(Guard):
     def activation(self, z: Tensor) -> Tensor:
         """Return ``z`` with all but its samples' largest entries set to zero."""
         rows = z.reshape(len(z), -1)
-        kept = max(1, ceil(round(self.fraction * rows.shape[1], 6)))  # 0.1 * 30 is a little more than 3
-        places = rows.detach().abs().topk(kept, dim=1, sorted=False).indices
+        places = rows.detach().abs().topk(kept_of(rows.shape[1], self.fraction), dim=1, sorted=False).indices
         mask = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, places, True)
         return rows.masked_fill(~mask, 0).reshape(z.shape)

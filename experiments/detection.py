@@ -15,7 +15,8 @@ from experiments.names import find
 from experiments.parts import Watched
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
-from experiments.scoring import SHOWN, aim_of, scored
+from experiments.scoring import aim_of, grants_of, scored, shown
+from experiments.setups import counted
 from experiments.training import (
     Training,
     build_model,
@@ -140,14 +141,16 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         line.record.clear()
         predict([client, line.party], targets)
         view = observe(line.record, threat=attack.threat, grants=Grants(Encoder(bottom)), device=training.device)
-        leak, x_hat = scored(trial.server, attack, {trial.server: insider(view)}, splits, targets, y[: trial.targets])
+        leak, x_hat = scored(
+            trial.server, {trial.server: insider(view)}, splits, targets, y[: trial.targets],
+            labels_known=attack.threat.auxiliary_labels,
+        )  # fmt: skip
         leakage.append(leak)
-        if x.ndim == 4:
-            images = {"original": targets[:SHOWN].cpu(), trial.server: x_hat[:SHOWN].cpu()}
+        images = shown(targets, trial.server, x_hat)
     caught = detector.detected_at
     return Outcome(
         utility=utility, leakage=leakage, seconds=seconds, images=images,
-        nbytes={way: dict(kinds) for way, kinds in line.meter.nbytes.items()},
+        nbytes=counted([line.meter]),
         visible={"client": ["gradients at the cut", "the loss that the server tells it"]},
         traces={
             "scores": detector.scores,
@@ -164,11 +167,10 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
 
 def _insider(trial: Trial, server: Learner, splits: Splits) -> Insider:
     """Return the first of the attack's family in this server's place."""
-    attack, seed, device = ATTACKS[trial.server], trial.training.seed, trial.training.device
-    grants = Grants(auxiliary_x=splits.auxiliary.x.to(device), auxiliary_y=splits.auxiliary.y.to(device))
-    members = attack.build(aim_of(splits, seed, cut_at=trial.training.cut))
+    attack, training = ATTACKS[trial.server], trial.training
+    members = attack.build(aim_of(splits, training.seed, cut_at=training.cut))
     infiltration: Infiltration = next(iter(members.values()))
-    return infiltration.insider(server, granted(attack.threat, grants))
+    return infiltration.insider(server, granted(attack.threat, grants_of(splits, training)))
 
 
 DETECTION = Experiment(

@@ -4,12 +4,10 @@ To add one: write its file and its test row, then its line below. It then stands
 and in the grids and the report of every experiment.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
 
 from attacks import FORA, FSHA, PCAT, SDAR, URVFL, MaximumLikelihood, Shadow, SplitSpy, UnSplit, decoder_family
 from defenses import (
@@ -61,11 +59,6 @@ def simulated_splitout(on: Watched) -> SplitOut:
     adam = partial(torch.optim.Adam, lr=training.lr)
     honest = honest_gradients(on.learner, on.guess, adam, batches, epochs=4 * training.epochs)
     return SplitOut(on.learner, honest)
-
-
-def _known(stage: Callable[[], nn.Module] | None) -> Callable[[], nn.Module]:
-    """Return the builder of the victim's architecture, or one of nothing where only the attack's name is asked for."""
-    return stage if stage is not None else nn.Identity
 
 
 def compressed(strength: str) -> Shield:
@@ -187,7 +180,7 @@ ATTACKS: dict[str, Attack] = {
         "query-free: a shadow of the bottom, trained to fit the server's own top (He et al. 2019)",
         "reconstruction",
         LABELLED,
-        lambda aim: {"shadow": Shadow(aim.top or nn.Identity(), seed=aim.seed)},
+        lambda aim: {"shadow": Shadow(aim.top, seed=aim.seed)},
         needs_top=True,
     ),
     "unsplit": Attack(
@@ -195,7 +188,7 @@ ATTACKS: dict[str, Attack] = {
         "reconstruction",
         Threat(),
         lambda aim: {
-            "unsplit": UnSplit(_known(aim.stage), aim.shape, bounds=aim.bounds or (0.0, 1.0), clones=2, seed=aim.seed)
+            "unsplit": UnSplit(aim.stage, aim.shape, bounds=aim.bounds or (0.0, 1.0), clones=2, seed=aim.seed)
         },
         inputs=("image",),
         knows=("the architecture of the client's stage",),

@@ -60,8 +60,8 @@ class Aim:
     bounds: tuple[float, float] | None  # least and greatest value of an input, None where there are none
     seed: int
     classes: int = 0
-    stage: Callable[[], Any] | None = None  # builds a fresh bottom of the victim's architecture, for who knows that
-    top: nn.Module | None = None  # the server's own stage, where it puts out logits
+    stage: Callable[[], nn.Module] = nn.Identity  # builds a fresh bottom of the victim's architecture
+    top: nn.Module = field(default_factory=nn.Identity)  # the server's own stage, where it puts out logits
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Leakage", "Record", "trial_hash"]
+__all__ = ["IMPROVING", "Leakage", "Record", "trial_hash"]
 
 Json = Any
+IMPROVING = "still improving"
 LOWER_IS_BETTER = frozenset({"mse", "mae", "rmse", "lpips", "loss"})  # for the attacker; other metrics are to be high
 
 
@@ -23,6 +24,14 @@ class Leakage(BaseModel):
     metrics: dict[str, float]  # for reconstruction: mse, psnr, ssim, and quantiles such as mse_q10
     baselines: dict[str, float]  # what an attacker who saw nothing reaches: mse_mean_image, mse_class_mean_image
     details: dict[str, Json] = Field(default_factory=dict)  # settings, budget and evidence of convergence
+
+    @property
+    def standing(self) -> str:
+        """How far the attack's own training came; empty where it has none, or does not say."""
+        if self.details.get("undertrained"):
+            return "UNDERTRAINED"
+        converged = self.details.get("evidence", {}).get(self.details.get("best"), {}).get("converged")
+        return "" if converged is None else "converged" if converged else IMPROVING
 
     def baseline(self, metric: str) -> float | None:
         """Return the strongest baseline of ``metric`` (``mse`` reads ``mse`` and ``mse_…``), or None without one."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attacks import Infiltration, Insider, Reconstruction
 from experiments.ingredients import ATTACKS, PROTOCOLS
 from experiments.parts import Aim, Attack, Shield
-from experiments.record import Leakage
+from experiments.record import IMPROVING, Leakage
 from experiments.training import Trained, Training, build_model
 from splitlearn.cut import cut
 from splitlearn.data import Splits
@@ -20,7 +20,7 @@ from splitlearn.party import Guard, Learner
 from splitlearn.threat import Grants, View, granted, observe
 from splitlearn.train import predict
 
-__all__ = ["SHOWN", "Attacked", "aim_of", "attack_victim", "scored"]
+__all__ = ["Attacked", "aim_of", "attack_victim", "grants_of", "scored", "shown"]
 
 SHOWN = 8  # reconstructions kept for the picture
 KEPT = 25  # batches of the training, which stay in the view
@@ -62,7 +62,8 @@ def attack_victim(
         if attack.needs_top and top is None:
             done.notes.append(f"{name} was left out: the server holds no stage that puts out logits here")
             continue
-        aim = replace(aim_of(splits, training.seed, cut_at=training.cut, shield=shield), top=top)
+        aim = aim_of(splits, training.seed, cut_at=training.cut, shield=shield)
+        aim = aim if top is None else replace(aim, top=top)
         results: dict[str, Reconstruction] = {}
         x = trained.victim_x[:targets]
         for member, one in attack.build(aim).items():
@@ -72,13 +73,13 @@ def attack_victim(
                 results[member] = insider(_view(attack, victim, splits, training))
             else:
                 results[member] = one(_view(attack, trained, splits, training))
-        leak, x_hat = scored(name, attack, results, splits, x, trained.victim_y[:targets])
+        labelled = attack.threat.auxiliary_labels
+        leak, x_hat = scored(name, results, splits, x, trained.victim_y[:targets], labels_known=labelled)
         done.seconds[f"attack_{name}"] = time.perf_counter() - start
         done.leakage.append(leak)
         done.visible[f"attacker ({name})"] = attack.in_words
         done.notes.extend(_doubts(leak))
-        if x.ndim == 4:
-            done.images.update({"original": x[:SHOWN].cpu(), name: x_hat[:SHOWN].cpu()})
+        done.images.update(shown(x, name, x_hat))
     return done
 
 
@@ -89,23 +90,34 @@ def aim_of(splits: Splits, seed: int, *, cut_at: str = "", shield: Shield | None
     """
     private = splits.private
     bounds = (0.0, 1.0) if private.kind == "image" else None
-    stage = _Fresh(cut_at, splits, shield or Shield()) if cut_at else None
+    stage = _Fresh(cut_at, splits, shield or Shield()) if cut_at else nn.Identity
     return Aim(tuple(private.x.shape[1:]), bounds, seed, private.num_classes, stage)
 
 
+def shown(x: Tensor, name: str, x_hat: Tensor) -> dict[str, Tensor]:
+    """Return the first originals and estimates for the pictures; nothing where inputs are no images."""
+    return {"original": x[:SHOWN].cpu(), name: x_hat[:SHOWN].float().cpu()} if x.ndim == 4 else {}
+
+
 def scored(
-    name: str, attack: Attack, results: Mapping[str, Reconstruction], splits: Splits, x: Tensor, y: Tensor
+    name: str,
+    results: Mapping[str, Reconstruction],
+    splits: Splits,
+    x: Tensor,
+    y: Tensor,
+    *,
+    labels_known: bool = False,
 ) -> tuple[Leakage, Tensor]:
     """Return what the best member of an attack's family got of the private inputs ``x``, and its estimate.
 
     The attack saw its view and nothing else; ``x`` and the labels ``y`` serve to score what it returned. The advantage
-    is over the mean image, or over that of the sample's class where the attacker has labelled samples.
+    is over the mean image, or, with ``labels_known``, over that of the sample's class if that is better.
     """
     auxiliary = splits.auxiliary
     scores = {
         member: score_reconstruction(
             x, result.x_hat.to(x.device), auxiliary_x=auxiliary.x, y=y, auxiliary_y=auxiliary.y,
-            labels_known=attack.threat.auxiliary_labels,
+            labels_known=labels_known,
         )
         for member, result in results.items()
     }  # fmt: skip
@@ -119,7 +131,7 @@ def scored(
         "undertrained": score.metrics["mse"] > UNDERTRAINED * score.baselines["mse_mean_image"],
     }
     leak = Leakage(
-        attack=name, family=attack.family, advantage=score.advantage, metrics=dict(score.metrics),
+        attack=name, family="reconstruction", advantage=score.advantage, metrics=dict(score.metrics),
         baselines=dict(score.baselines), details=details,
     )  # fmt: skip
     return leak, results[best].x_hat
@@ -136,11 +148,12 @@ def _send(trained: Trained, targets: int, releases: int) -> None:
 
 def _view(attack: Attack, trained: Trained, splits: Splits, training: Training) -> View:
     assert trained.record is not None
-    grants = replace(_grants(splits, training), encoder=trained.encoder)
+    grants = replace(grants_of(splits, training), encoder=trained.encoder)
     return observe(trained.record, threat=attack.threat, grants=grants, device=training.device)
 
 
-def _grants(splits: Splits, training: Training) -> Grants:
+def grants_of(splits: Splits, training: Training) -> Grants:
+    """Return the attacker's own samples, on the training's device; its threat decides what of them arrives."""
     auxiliary = splits.auxiliary
     return Grants(auxiliary_x=auxiliary.x.to(training.device), auxiliary_y=auxiliary.y.to(training.device))
 
@@ -150,7 +163,7 @@ def _infiltrated(
 ) -> tuple[Trained, Insider]:
     """Train for as many steps as the attack asks with its insider in the server's place; return both."""
     epochs = ceil(attack.steps / ceil(len(splits.private) / training.batch_size))
-    before = granted(attack.threat, _grants(splits, training))
+    before = granted(attack.threat, grants_of(splits, training))
     seated: list[Insider] = []
 
     def infiltrate(server: Learner) -> Insider:
@@ -188,13 +201,9 @@ class _Guarded(nn.Module):
 
 def _doubts(leak: Leakage) -> list[str]:
     """Return what speaks against taking this leakage for all that there is."""
-    evidence = leak.details["evidence"][leak.details["best"]]
-    found = []
     if leak.details["undertrained"]:
-        found.append(
+        return [
             f"{leak.attack} is UNDERTRAINED: its error of {leak.metrics['mse']:.3g} is above the "
             f"{leak.baselines['mse_mean_image']:.3g} of the mean image; do not read it as a defense that works"
-        )
-    elif evidence.get("converged") == 0:
-        found.append(f"{leak.attack} was still improving when its budget ended")
-    return found
+        ]
+    return [f"{leak.attack} was still improving when its budget ended"] if leak.standing == IMPROVING else []

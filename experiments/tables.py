@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from experiments.figures import count, number, ratio, seconds, spread
-from experiments.record import Leakage
 from experiments.summary import Point, Spread, families, marks, pareto_front, utility_metric
 
 __all__ = [
@@ -185,14 +184,14 @@ def _leakage_table(points: Sequence[Point], family: str) -> Table:
     metrics = list(dict.fromkeys(name for _, _, found in leaks for leak in found for name in leak.metrics))
     metrics = [_typical(name, metrics) for name in metrics if not QUANTILE.search(name)]
     columns = [*_heads(points), "attack", "advantage"]
-    told = any(_status(leak) for _, _, found in leaks for leak in found)
+    told = any(leak.standing for _, _, found in leaks for leak in found)
     columns += ["the attacker's training"] if told else []
     for metric in metrics:
         columns += [metric.replace("_q50", " median").replace("_", " "), "baseline"]
     rows = []
     for point, attack, found in leaks:
         row = [*_head(point, points), attack, spread(Spread.of(leak.advantage for leak in found))]
-        row += [", ".join(dict.fromkeys(status for leak in found if (status := _status(leak)))) or "—"] if told else []
+        row += [", ".join(dict.fromkeys(leak.standing for leak in found if leak.standing)) or "—"] if told else []
         for metric in metrics:
             row.append(_mean(Spread.of(leak.metrics[metric] for leak in found if metric in leak.metrics), number))
             baselines = [leak.baseline(QUANTILE.sub("", metric)) for leak in found]
@@ -205,14 +204,6 @@ def _leakage_table(points: Sequence[Point], family: str) -> Table:
         "results.csv holds further quantiles."
     )
     return Table(caption, tuple(columns), tuple(rows), len(_heads(points)) + 1)
-
-
-def _status(leak: Leakage) -> str:
-    """Return how far an attack's own training came; empty where it has none, or does not say."""
-    if leak.details.get("undertrained"):
-        return "UNDERTRAINED"
-    converged = leak.details.get("evidence", {}).get(leak.details.get("best"), {}).get("converged")
-    return "" if converged is None else "converged" if converged else "still improving"
 
 
 def _typical(metric: str, measured: Sequence[str]) -> str:

@@ -21,10 +21,10 @@ from attacks.gradients import (
     seen_updates,
 )
 from experiments.experiment import Options, reproduction
-from experiments.parts import Aim, Attack
+from experiments.parts import Aim
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
-from experiments.scoring import SHOWN, aim_of, scored
+from experiments.scoring import aim_of, scored, shown
 from experiments.training import Training, build_model, described, load_splits
 from splitlearn.cut import cut
 from splitlearn.data import Splits
@@ -147,10 +147,9 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         if attack.labels:
             leakage.append(_label_leakage(name, found, splits, y))
             continue
-        leak, x_hat = scored(name, _scored_as(attack), {name: found}, splits, x, y)
+        leak, x_hat = scored(name, {name: found}, splits, x, y)
         leakage.append(leak)
-        if x.ndim == 4:
-            images |= {"original": x[:SHOWN], name: x_hat[:SHOWN].float()}
+        images |= shown(x, name, x_hat)
     return Outcome(
         leakage=leakage, seconds=seconds, images=images,
         visible={"fed server": ["the weights before and after each member's step", "how many samples it has"]},
@@ -194,10 +193,6 @@ def _net(attack: UpdateAttack, splits: Splits, seed: int) -> nn.Sequential:
         features = splits.private.x[0].numel()
         hidden, outputs = nn.Linear(features, HIDDEN), nn.Linear(HIDDEN, splits.private.num_classes)
         return nn.Sequential(nn.Flatten(), hidden, nn.Sigmoid(), outputs).double()
-
-
-def _scored_as(attack: UpdateAttack) -> Attack:
-    return Attack(attack.summary, "reconstruction", UPDATES, lambda aim: {})
 
 
 def _label_leakage(name: str, found: Tensor, splits: Splits, y: Tensor) -> Leakage:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from splitlearn.frames import DTYPE_NAMES, DTYPES, MAX_DIMS, Codec, Kind
 
-__all__ = ["ErrorFeedback", "Float16", "Int8", "TopK", "Zstd", "through"]
+__all__ = ["ErrorFeedback", "Float16", "Int8", "TopK", "Zstd", "kept_of", "through"]
 
 CUT = frozenset({Kind.ACTIVATION, Kind.GRADIENT})
 
@@ -107,7 +107,7 @@ class TopK:
         return torch.zeros(rows, width, dtype=dtype).scatter_(1, places, values).reshape(shape)
 
     def _kept(self, width: int) -> int:
-        return min(width, max(1, ceil(round(self.fraction * width, 6))))  # 0.1 * 30 is a little more than 3
+        return kept_of(width, self.fraction)
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,11 @@ class ErrorFeedback:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
         self._residual = {key: residual.clone() for key, residual in state.items()}
+
+
+def kept_of(width: int, fraction: float) -> int:
+    """Return how many of a row's ``width`` entries a ``fraction`` of them is: at least one, where there are any."""
+    return min(width, max(1, ceil(round(fraction * width, 6))))  # 0.1 * 30 is a little more than 3
 
 
 def through(codec: Codec, z: Tensor) -> Tensor:

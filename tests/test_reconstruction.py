@@ -195,12 +195,10 @@ def test_the_leakage_table_tells_how_far_an_attack_came() -> None:
             attack="a", family="reconstruction", advantage=0.0, metrics={"mse": 1.0}, baselines={}, details=details
         )
 
-    from experiments.tables import _status
-
-    assert _status(leak(undertrained=True)) == "UNDERTRAINED"
-    assert _status(leak(best="m", evidence={"m": {"converged": 1.0}})) == "converged"
-    assert _status(leak(best="m", evidence={"m": {"converged": 0.0}})) == "still improving"
-    assert _status(leak()) == ""
+    assert leak(undertrained=True).standing == "UNDERTRAINED"
+    assert leak(best="m", evidence={"m": {"converged": 1.0}}).standing == "converged"
+    assert leak(best="m", evidence={"m": {"converged": 0.0}}).standing == "still improving"
+    assert leak().standing == ""
     assert leakage_tables([]) == []
 
 

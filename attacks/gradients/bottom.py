@@ -16,10 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from attacks.gradients.matching import Attempt, Matched, best_of, check_attempts, descended, reconstruction, signed_adam
+from attacks.gradients.matching import Attempt, Matched, check_attempts, descended, rebuilt, signed_adam
 from attacks.gradients.updates import Seen
 from attacks.inversion.priors import total_variation
-from attacks.inversion.reconstruction import Bounds, Reconstruction, bounded, seeded
+from attacks.inversion.reconstruction import Bounds, Reconstruction, bounded
 from splitlearn import View
 
 __all__ = ["BottomGradientMatching"]
@@ -57,12 +57,10 @@ class BottomGradientMatching:
 
     def __call__(self, view: View) -> Reconstruction:
         """Return the inputs behind each update; ``evidence`` holds the misfit at both ends, and no labels."""
-        found = []
-        for update in self.seen(view):
-            matched = Matched(self.model, update, torch.float64)
-            with seeded(self.seed, matched.device):
-                found.append(best_of(partial(self._attempt, matched), self.restarts, self.enough))
-        return reconstruction(found, self.bounds)
+        return rebuilt(
+            self.seen(view), self.model, lambda matched, _: partial(self._attempt, matched), restarts=self.restarts,
+            enough=self.enough, bounds=self.bounds, seed=self.seed, dtype=torch.float64,
+        )  # fmt: skip
 
     def _attempt(self, matched: Matched) -> Attempt:
         x = bounded(matched.noise(self.input_shape).detach(), self.bounds).requires_grad_()

@@ -9,6 +9,7 @@ derivative that L-BFGS goes by is 0 almost everywhere. Deviations, each of which
 - DLG's soft label only ever tends to one class: after the descent it is set to it and the input refined.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from attacks.gradients.labels import label_of
-from attacks.gradients.matching import Attempt, Matched, best_of, check_attempts, descended, reconstruction
-from attacks.gradients.updates import Seen
-from attacks.inversion.reconstruction import Bounds, Reconstruction, seeded
+from attacks.gradients.matching import Attempt, Matched, check_attempts, descended, rebuilt
+from attacks.gradients.updates import Seen, Update
+from attacks.inversion.reconstruction import Bounds, Reconstruction
 from splitlearn import View
 
 __all__ = ["DLG", "IDLG"]
@@ -48,12 +49,13 @@ class DLG:
 
     def __call__(self, view: View) -> Reconstruction:
         """Return the inputs behind each update; ``evidence`` holds the labels, and the misfit at both ends."""
-        found = []
-        for update in self.seen(view):
-            matched = Matched(self.model, update, torch.float64)
-            with seeded(self.seed, matched.device):
-                found.append(best_of(partial(self._attempt, matched), self.restarts, self.enough))
-        return reconstruction(found, self.bounds)
+        return rebuilt(
+            self.seen(view), self.model, self._begun, restarts=self.restarts, enough=self.enough, bounds=self.bounds,
+            seed=self.seed, dtype=torch.float64,
+        )  # fmt: skip
+
+    def _begun(self, matched: Matched, update: Update) -> Callable[[], Attempt]:
+        return partial(self._attempt, matched)
 
     def _attempt(self, matched: Matched) -> Attempt:
         x = matched.noise(self.input_shape)
@@ -68,34 +70,16 @@ class DLG:
 
 
 @dataclass(frozen=True)
-class IDLG:
+class IDLG(DLG):
     """Server that sees whole updates of one sample each. Reads the label off each, and rebuilds the input.
 
     The settings are those of ``DLG``.
     """
 
-    model: nn.Module
-    seen: Seen
-    input_shape: tuple[int, ...]
-    iterations: int = 500
-    restarts: int = 4
-    enough: float = 1e-8
-    bounds: Bounds | None = (0.0, 1.0)
-    seed: int = 0
+    def _begun(self, matched: Matched, update: Update) -> Callable[[], Attempt]:
+        return partial(self._labelled, matched, label_of(self.model, update))
 
-    def __post_init__(self) -> None:
-        check_attempts(self.iterations, self.restarts)
-
-    def __call__(self, view: View) -> Reconstruction:
-        """Return the input behind each update; ``evidence`` holds the labels, and the misfit at both ends."""
-        found = []
-        for update in self.seen(view):
-            matched, labels = Matched(self.model, update, torch.float64), label_of(self.model, update)
-            with seeded(self.seed, matched.device):
-                found.append(best_of(partial(self._attempt, matched, labels), self.restarts, self.enough))
-        return reconstruction(found, self.bounds)
-
-    def _attempt(self, matched: Matched, labels: Tensor) -> Attempt:
+    def _labelled(self, matched: Matched, labels: Tensor) -> Attempt:
         x = matched.noise(self.input_shape)
         first = matched.misfit(matched.of(x, labels)).item()
         last, rested = descended(lambda: matched.misfit(matched.of(x, labels)), [x], self.iterations)

@@ -9,6 +9,7 @@ iterations. Deviations:
 - fewer iterations (4,800 there).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from attacks.gradients.labels import label_of
-from attacks.gradients.matching import Attempt, Matched, best_of, reconstruction, signed_adam
-from attacks.gradients.updates import Seen
+from attacks.gradients.matching import Attempt, Matched, rebuilt, signed_adam
+from attacks.gradients.updates import Seen, Update
 from attacks.inversion.priors import total_variation
-from attacks.inversion.reconstruction import Bounds, Reconstruction, seeded
+from attacks.inversion.reconstruction import Bounds, Reconstruction
 from splitlearn import View
 
 __all__ = ["InvertingGradients"]
@@ -52,13 +53,14 @@ class InvertingGradients:
 
     def __call__(self, view: View) -> Reconstruction:
         """Return the images behind each update; ``evidence`` holds the labels, and the objective at both ends."""
-        found = []
-        for update in self.seen(view):
-            matched = Matched(self.model, update)
-            labels = label_of(self.model, update) if update.count == 1 else None
-            with seeded(self.seed, matched.device):
-                found.append(best_of(partial(self._attempt, matched, labels), self.restarts, 0.0))
-        return reconstruction(found, self.bounds)
+        return rebuilt(
+            self.seen(view), self.model, self._begun, restarts=self.restarts, enough=0.0, bounds=self.bounds,
+            seed=self.seed,
+        )  # fmt: skip
+
+    def _begun(self, matched: Matched, update: Update) -> Callable[[], Attempt]:
+        labels = label_of(self.model, update) if update.count == 1 else None
+        return partial(self._attempt, matched, labels)
 
     def _attempt(self, matched: Matched, labels: Tensor | None) -> Attempt:
         x = matched.noise(self.input_shape)

@@ -12,9 +12,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from attacks.gradients.updates import Update
-from attacks.inversion.reconstruction import Bounds, Reconstruction, bounded
+from attacks.inversion.reconstruction import Bounds, Reconstruction, bounded, seeded
 
-__all__ = ["Attempt", "Matched", "best_of", "check_attempts", "descended", "reconstruction", "signed_adam"]
+__all__ = ["Attempt", "Matched", "check_attempts", "descended", "rebuilt", "signed_adam"]
 
 CHUNK = 20  # iterations of L-BFGS between two looks at how it goes
 STALLED = 0.99  # it stops where a chunk leaves more than this of the objective
@@ -152,7 +152,7 @@ def signed_adam(
     return trace, trace[-1 - tail] - trace[-1] < 0.01 * trace[0]
 
 
-def best_of(attempt: Callable[[], Attempt], restarts: int, enough: float) -> tuple[Attempt, int]:
+def _best_of(attempt: Callable[[], Attempt], restarts: int, enough: float) -> tuple[Attempt, int]:
     """Return the attempt of the least objective, and how many were made: no more once one is at most ``enough``."""
     best = attempt()
     for made in range(1, restarts):
@@ -162,7 +162,7 @@ def best_of(attempt: Callable[[], Attempt], restarts: int, enough: float) -> tup
     return best, restarts
 
 
-def reconstruction(found: Sequence[tuple[Attempt, int]], bounds: Bounds | None) -> Reconstruction:
+def _reconstruction(found: Sequence[tuple[Attempt, int]], bounds: Bounds | None) -> Reconstruction:
     """Return the inputs of all updates, and what speaks for them: objectives a mean over updates, and the worst."""
     attempts = [attempt for attempt, _ in found]
     evidence: dict[str, float | str] = {
@@ -176,6 +176,27 @@ def reconstruction(found: Sequence[tuple[Attempt, int]], bounds: Bounds | None) 
     if labels:
         evidence["labels"] = " ".join(map(str, torch.cat(labels).tolist()))
     return Reconstruction(bounded(torch.cat([one.x for one in attempts]), bounds), evidence)
+
+
+def rebuilt(
+    updates: Sequence[Update],
+    model: nn.Module,
+    begun: Callable[[Matched, Update], Callable[[], Attempt]],
+    *,
+    restarts: int,
+    enough: float,
+    bounds: Bounds | None,
+    seed: int,
+    dtype: torch.dtype | None = None,
+) -> Reconstruction:
+    """Return the inputs behind each update: the best of several attempts; ``begun`` returns how to make one."""
+    found = []
+    for update in updates:
+        matched = Matched(model, update, dtype)
+        attempt = begun(matched, update)
+        with seeded(seed, matched.device):
+            found.append(_best_of(attempt, restarts, enough))
+    return _reconstruction(found, bounds)
 
 
 def check_attempts(iterations: int, restarts: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from attacks.inversion.encoders import stepped
 from attacks.inversion.networks import Convolutional, Dense, Network
 from attacks.inversion.reconstruction import Bounds, Reconstruction, auxiliary_inputs, bounded, seeded
 from splitlearn import View
@@ -76,9 +77,7 @@ class Decoder:
         for _ in range(self.epochs):
             for rows in torch.randperm(len(x)).to(x.device).split(self.batch_size):
                 loss = mse_loss(decode.unbounded(view.query(x[rows])), x[rows]) / decode.spread**2
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                stepped(optimizer, loss)
                 cycle.step()
             errors.append(_error(decode, view, held_out))
             if errors[-1] < min(errors[:-1]):

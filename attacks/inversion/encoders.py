@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Critic", "gradient_penalty", "stand_in"]
+__all__ = ["Critic", "gradient_penalty", "stand_in", "stepped"]
 
 Shape = tuple[int, ...]
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d}  # by the number of dimensions convolved over
@@ -63,6 +63,13 @@ class Critic(nn.Module):
         found = self.features(sample)
         score: Tensor = self.score(found).squeeze(1)
         return score if self.labels is None or y is None else score + (found * self.labels(y)).sum(1)
+
+
+def stepped(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Take one step down the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def gradient_penalty(critic: Critic, real: Tensor, made: Tensor, y: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.inversion.decoder import Decoder
-from attacks.inversion.encoders import Critic, gradient_penalty, stand_in
+from attacks.inversion.encoders import Critic, gradient_penalty, stand_in, stepped
 from attacks.inversion.networks import Dense
 from attacks.inversion.reconstruction import Inversion, Reconstruction, auxiliary_inputs, seeded
 from attacks.inversion.shadow import imagined
@@ -98,13 +98,9 @@ class FORA:
             real = seen[torch.randint(len(seen), (self.batch_size,), device=seen.device)]
             made = substitute(x[torch.randint(len(x), (self.batch_size,), device=x.device)])
             told = critic(made.detach()).mean() - critic(real).mean()
-            critics.zero_grad()
-            (told + self.penalty * gradient_penalty(critic, real, made)).backward()
-            critics.step()
+            stepped(critics, told + self.penalty * gradient_penalty(critic, real, made))
             apart = discrepancy(made, real)
-            optimizer.zero_grad()
-            (self.share * apart - (1 - self.share) * critic(made).mean()).backward()
-            optimizer.step()
+            stepped(optimizer, self.share * apart - (1 - self.share) * critic(made).mean())
             trace.append(apart.item())
         return trace
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from attacks.inversion.encoders import Critic, gradient_penalty, stand_in
+from attacks.inversion.encoders import Critic, gradient_penalty, stand_in, stepped
 from attacks.inversion.insider import Insider
 from attacks.inversion.networks import Convolutional, Dense, Network
 from attacks.inversion.reconstruction import Bounds, Reconstruction, auxiliary_inputs, bounded
@@ -327,13 +327,6 @@ def check_labels(y: Tensor, classes: int) -> None:
 def as_long_as(honest: Tensor, lie: Tensor) -> Tensor:
     """Return the ``lie`` at the norm of the ``honest`` gradient."""
     return honest.norm() / (lie.norm() + torch.finfo(lie.dtype).tiny) * lie
-
-
-def stepped(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Take one step down the loss."""
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
 
 
 def _tail(values: Sequence[float]) -> int:

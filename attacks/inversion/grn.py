@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from attacks.inversion.encoders import stepped
 from attacks.inversion.maximum_likelihood import misfit, settled
 from attacks.inversion.reconstruction import Bounds, Reconstruction, bounded, seeded
 from splitlearn import Encoder, Kind, View
@@ -99,9 +100,7 @@ class GRN:
                 guess = self._guess(generator, told[rows])
                 excess = relu(guess.var(0, correction=0) - self.variance).mean()
                 objective = misfit(path(self._whole(own[rows], guess)), seen[rows]).mean() / unit + excess
-                optimizer.zero_grad()
-                objective.backward()
-                optimizer.step()
+                stepped(optimizer, objective)
                 cycle.step()
                 total += objective.item() * len(rows)
             trace.append(total / len(own))

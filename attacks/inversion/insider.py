@@ -1,21 +1,22 @@
 """Insider: an attack that takes part in the training, as a party in the server's place."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
 
 from attacks.inversion.reconstruction import Reconstruction
-from splitlearn import Learner, Party, View
+from splitlearn import Learner, View
 
 __all__ = ["Infiltration", "Insider"]
 
 
-class Insider:
+class Insider(ABC):
     """A server with aims of its own: it keeps a party's methods, and afterwards is called as an ``Inversion``.
 
-    This one does as the honest ``server`` does, whose stage is its own, and learns nothing. A passive attack adds what
-    it learns on the way and answers as the honest server would, bit for bit; an active one answers with lies.
+    By these methods it does as the honest ``server`` does, whose stage is its own. A passive attack adds what it learns
+    on the way and answers as the honest server would, bit for bit; an active one answers with lies.
     """
 
     def __init__(self, server: Learner):
@@ -49,9 +50,9 @@ class Insider:
         """Take over parameters and buffers."""
         self.server.load_weights(weights)
 
+    @abstractmethod
     def __call__(self, view: View) -> Reconstruction:
         """Return an estimate of the input behind each activation of the view's predict requests."""
-        raise NotImplementedError
 
 
 class Infiltration(Protocol):
@@ -62,6 +63,3 @@ class Infiltration(Protocol):
 
     def insider(self, server: Learner, view: View) -> Insider:
         """Return the party that takes the server's place."""
-
-
-_party: type[Party] = Insider  # checked by mypy: it keeps a party's methods

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, softplus
 
-from attacks.inversion.encoders import Critic
+from attacks.inversion.encoders import Critic, stepped
+from attacks.inversion.follower import Decode, Follower, Following
 from attacks.inversion.networks import Convolutional, Network
-from attacks.inversion.pcat import Decode, Follower, Following, stepped
 from attacks.inversion.reconstruction import Bounds, Reconstruction
 from splitlearn import Encoder, Learner, View
 

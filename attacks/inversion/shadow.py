@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from attacks.inversion.decoder import Decoder
-from attacks.inversion.encoders import stand_in
+from attacks.inversion.encoders import stand_in, stepped
 from attacks.inversion.maximum_likelihood import MaximumLikelihood
 from attacks.inversion.networks import Dense
 from attacks.inversion.reconstruction import Inversion, Reconstruction, auxiliary_inputs, seeded
@@ -106,10 +106,7 @@ class Shadow:
                         f"expected a shadow that puts out activations of the shape {tuple(seen.shape[1:])} seen, got "
                         f"{tuple(z.shape[1:])}; pass the stage of the victim's cut, or none"
                     )
-                loss = cross_entropy(top(z), y[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                stepped(optimizer, cross_entropy(top(z), y[rows]))
                 cycle.step()
         return shadow.eval()
 

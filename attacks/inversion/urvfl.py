@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from attacks.inversion.fsha import BETAS, Hijacker, Hijacking, as_long_as, check_labels, stepped
+from attacks.inversion.encoders import stepped
+from attacks.inversion.fsha import BETAS, Hijacker, Hijacking, as_long_as, check_labels
 from splitlearn import Kind, Learner, View
 
 __all__ = ["URVFL", "ClassAware"]

@@ -1,5 +1,6 @@
 """Detector: the client's own learner, watched; from what comes back it scores whether the server trains the task."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from math import isfinite
 from typing import Any, ClassVar
@@ -8,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from defenses.detectors.policies import Fast, Policy, crosses
-from splitlearn import Learner, Party
+from splitlearn import Learner
 from splitlearn.train import TrainingStopped
 
 __all__ = ["Detector", "first_gradient"]
 
 
-class Detector:
+class Detector(ABC):
     """A party in the learner's place that does as the learner does, and scores the server on the way.
 
     It watches the client of ``vanilla``, who holds the inputs and sends its labels along. ``scores`` grows by one for
@@ -119,15 +120,17 @@ class Detector:
         """Return the labels of an open step that are to be sent."""
         return y
 
+    @abstractmethod
     def _taken(self, g: Tensor) -> tuple[Tensor | None, float | None]:
         """Have the learner take ``g``; return what it returns, and the score of this batch where it is checked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _evidence(self) -> dict[str, Any]:
-        return {}
+        """Return what the next score depends on, beyond the scores so far."""
 
+    @abstractmethod
     def _load_evidence(self, evidence: Mapping[str, Any]) -> None:
-        pass
+        """Take over what ``_evidence`` returned."""
 
     def _held(self) -> float | None:
         return self.policy(self.scores, above=self.above)
@@ -159,6 +162,3 @@ def _first_parameter(learner: Learner) -> nn.Parameter:
         f"{learner.name}: expected a learner that trains, whose gradients tell what it is trained for, got one without "
         "trained parameters; give it an optimizer over its stage's"
     )
-
-
-_party: type[Party] = Detector  # checked by mypy: it keeps a party's methods
