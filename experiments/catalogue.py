@@ -16,8 +16,12 @@ from experiments.parts import Bench
 from experiments.privacy_utility import PRIVACY_UTILITY
 from experiments.reconstruction import DEFENSE_TOURNAMENT, RECONSTRUCTION_ATTACKS
 from experiments.tradeoff import TRADEOFF
+from experiments.updates import UPDATE_ATTACKS
 
-__all__ = ["ATTACKS", "BENCHES", "BUILT_ATTACKS", "DETECTORS", "EXPERIMENTS", "MECHANISMS", "PROTECTIONS", "PROTOCOLS"]
+__all__ = [
+    "ATTACKS", "BENCHES", "BUILT_ATTACKS", "DETECTORS", "EXPERIMENTS", "MECHANISMS", "PROTECTIONS", "PROTOCOLS",
+    "UPDATE_ATTACKS",
+]  # fmt: skip
 
 EXPERIMENTS: dict[str, Experiment] = {
     one.name: one

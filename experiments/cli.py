@@ -296,13 +296,14 @@ def _catalogue() -> dict[str, tuple[str, dict[str, str]]]:
         MECHANISMS,
         PROTECTIONS,
         PROTOCOLS,
+        UPDATE_ATTACKS,
     )
     from splitlearn.data import DATASETS
 
     kinds: dict[str, tuple[str, Mapping[str, Any]]] = {
         "experiments": ("Experiments (splitlearn run NAME)", EXPERIMENTS),
         "protocols": ("Protocols", PROTOCOLS),
-        "attacks": ("Attacks", {**ATTACKS, **BUILT_ATTACKS}),
+        "attacks": ("Attacks", {**ATTACKS, **UPDATE_ATTACKS, **BUILT_ATTACKS}),
         "protections": ("Protections (defenses)", PROTECTIONS),
         "detectors": ("Detectors (splitlearn run detection --detectors NAME)", DETECTORS),
         "mechanisms": ("Mechanisms with an ε (splitlearn run privacy_utility --mechanisms NAME)", MECHANISMS),

@@ -88,7 +88,7 @@ def tiny(monkeypatch, tmp_path):
     catalogue.EXPERIMENTS = {"tiny": Experiment("tiny", "What does noise cost?", Config, tasks)}
     for kind in ("PROTOCOLS", "ATTACKS", "PROTECTIONS", "DETECTORS", "MECHANISMS"):
         setattr(catalogue, kind, {"some": SimpleNamespace(summary=f"one of the {kind.lower()}")})
-    catalogue.BUILT_ATTACKS = {}
+    catalogue.BUILT_ATTACKS = catalogue.UPDATE_ATTACKS = {}
     catalogue.BENCHES = {"speed": SimpleNamespace(summary="how fast", run=measure)}
     monkeypatch.setitem(sys.modules, "experiments.catalogue", catalogue)
     monkeypatch.delenv("SPLITLEARN_DATA", raising=False)
@@ -122,6 +122,7 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
         MECHANISMS,
         PROTECTIONS,
         PROTOCOLS,
+        UPDATE_ATTACKS,
     )
     from splitlearn.data import DATASETS
 
@@ -130,6 +131,7 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
         EXPERIMENTS,
         PROTOCOLS,
         ATTACKS,
+        UPDATE_ATTACKS,
         BUILT_ATTACKS,
         PROTECTIONS,
         DETECTORS,
