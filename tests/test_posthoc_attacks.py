@@ -218,7 +218,7 @@ def test_a_generator_guesses_the_other_partys_columns(table: Table) -> None:
     assert score.metrics["mse"] < 0.8 * regression < 0.4 * score.baselines["mse_mean_image"]
     assert found.evidence["converged"] in (0.0, 1.0)
     told_less = table.score(table.attack(epochs=100, top=table.top)(table.view(table.z)))
-    assert 0.02 < told_less.advantage < 0.5 * score.advantage  # two outputs tell less than 24 activations
+    assert told_less.advantage < 0.5 * score.advantage  # two outputs tell less than 24 activations
 
 
 def test_a_learned_prior_is_searched(victim: Victim, generator: Decoded) -> None:
