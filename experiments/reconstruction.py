@@ -37,6 +37,7 @@ class Attacks(tradeoff.Config):
         default=tuple(UPDATE_ATTACKS),
         metadata={"help": f"on updates that a fed server sees, of {', '.join(UPDATE_ATTACKS)}; '' for none"},
     )
+    batch_size: int = field(default=64, metadata={"help": "samples in a batch, as in most of the attacks' papers"})
     update_targets: int = field(default=8, metadata={"help": "samples whose updates are attacked, a member each"})
 
 
