@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from splitlearn.data.dataset import Dataset, Modality
 from splitlearn.frames import Codec
@@ -13,8 +14,8 @@ from splitlearn.party import Guard, Learner
 from splitlearn.threat import Threat
 
 __all__ = [
-    "CONTINUOUS", "Aim", "Attack", "Bench", "BuiltAttack", "DetectorEntry", "Protection", "Protocol", "Shield",
-    "Watched", "number",
+    "CONTINUOUS", "Aim", "Attack", "Bench", "BuiltAttack", "DetectorEntry", "LabelProtection", "LabelShield",
+    "Protection", "Protocol", "Shield", "Watched", "number",
 ]  # fmt: skip
 
 CONTINUOUS: tuple[Modality, ...] = ("image", "signal", "table")
@@ -39,6 +40,46 @@ class Shield:
             channels = bottom(x).shape[1]
         own = self.layers(channels)
         return nn.Sequential(bottom, own.to(x.device, x.dtype) if x.is_floating_point() else own.to(x.device))
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _as_they_are(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class LabelShield:
+    """What whoever holds the labels does to hide them; by default nothing.
+
+    ``guard`` changes the gradient that goes back, ``top(stage)`` wraps the stage that is trained on the labels,
+    ``loss`` takes its outputs, ``labels(y)`` says once, before training, what is trained on, ``decode`` turns outputs
+    into logits.
+    """
+
+    guard: Guard = field(default_factory=Guard)
+    top: Callable[[nn.Module], nn.Module] = _same
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    labels: Callable[[Tensor], Tensor] = _as_they_are
+    decode: Callable[[Tensor], Tensor] = _as_they_are
+    epsilon: float | None = None  # to the change of one label, where there is a proof
+
+
+@dataclass(frozen=True)
+class LabelProtection:
+    """A protection of labels at several strengths, weakest first.
+
+    ``build(strength, classes)`` makes the shield; ``broken_by`` names the attack that knows it.
+    """
+
+    summary: str
+    unit: str
+    strengths: tuple[str, ...]
+    build: Callable[[str, int], LabelShield]
+    broken_by: str
+    binary: bool = False  # whether it is defined for two classes alone
 
 
 @dataclass(frozen=True)

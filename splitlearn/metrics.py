@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "ReconstructionScore",
+    "LeakageScore",
     "accuracy",
     "accuracy_advantage",
     "auc",
@@ -118,14 +118,8 @@ def quantiles(values: Tensor, at: Sequence[float] = (0.1, 0.5, 0.9)) -> dict[str
 
 
 @dataclass(frozen=True)
-class ReconstructionScore:
-    """How well an attack rebuilt private inputs, beside what one rebuilds who saw nothing.
-
-    ``metrics``: ``mse``, and for images ``psnr`` and ``ssim``: the mean over samples, and under ``mse_q10`` and so
-    on the quantiles. ``baselines``: the mean of the same metrics for the auxiliary mean (``mse_mean_image``) and,
-    where labels were given, for the auxiliary mean of the sample's class (``mse_class_mean_image``).
-    ``advantage``: 1 − MSE / MSE of the baseline, in [0, 1].
-    """
+class LeakageScore:
+    """What an attack found out, beside what one finds out who saw nothing; ``advantage`` in [0, 1] is over that."""
 
     metrics: dict[str, float]
     baselines: dict[str, float]
@@ -140,10 +134,12 @@ def score_reconstruction(
     auxiliary_y: Tensor | None = None,
     y: Tensor | None = None,
     labels_known: bool = False,
-) -> ReconstructionScore:
+) -> LeakageScore:
     """Return the score of the estimates ``x_hat`` of the private ``x``, both [N, *]; images are on [0, 1].
 
-    Baselines are means of the attacker's auxiliary samples [M, *], never of the private ones. The advantage is
+    Each metric is a mean over samples, with quantiles such as ``mse_q10`` beside it. Baselines (``mse_mean_image``,
+    ``mse_class_mean_image``) are means of the attacker's auxiliary samples [M, *], never of the private ones. The
+    advantage, 1 − MSE / MSE of the baseline, is
     over the mean image; with ``labels_known`` (to that attacker, which needs ``y`` and ``auxiliary_y``) over the
     better of the mean and the class-mean image. PSNR and SSIM are for images [N, C, H, W] alone, SSIM for those
     of at least 7×7 pixels. A private class without auxiliary samples is guessed as the mean image.
@@ -174,7 +170,7 @@ def score_reconstruction(
     baseline = baselines["mse_mean_image"]
     if labels_known:
         baseline = min(baseline, baselines["mse_class_mean_image"])
-    return ReconstructionScore(metrics, baselines, reconstruction_advantage(metrics["mse"], baseline))
+    return LeakageScore(metrics, baselines, reconstruction_advantage(metrics["mse"], baseline))
 
 
 def reconstruction_advantage(mse: float, baseline: float) -> float:

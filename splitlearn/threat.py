@@ -31,11 +31,15 @@ class Threat:
     queries: bool = False  # may send own inputs through the victim's path and see what crosses
     auxiliary: bool = False  # samples of its own from the same distribution, disjoint from the private ones
     auxiliary_labels: bool = False  # and their labels
+    own_inputs: bool = False  # it holds the stage and the inputs itself: a client that is after labels
+    hints: int = 0  # private samples of each class whose labels it knows
     releases: int = 1  # how often each private sample crosses anew; the adversary averages them
 
     def __post_init__(self) -> None:
         if self.releases < 1:
             raise ValueError(f"expected at least one release of each sample, got {self.releases}")
+        if self.hints < 0:
+            raise ValueError(f"expected 0 or more labels of each class that are known, got {self.hints}")
         if unknown := sorted(str(kind) for kind in self.sees if kind not in set(Kind)):
             raise ValueError(f"expected kinds among {', '.join(Kind)}; got {', '.join(unknown)}")
         object.__setattr__(self, "sees", frozenset(Kind(kind) for kind in self.sees))
@@ -56,6 +60,10 @@ class Threat:
         if self.auxiliary:
             labelled = "labelled" if self.auxiliary_labels else "unlabelled"
             knows.append(f"{labelled} samples of its own, disjoint from the private ones")
+        if self.own_inputs:
+            knows.append("the inputs, and the weights of the stage below the cut: they are its own")
+        if self.hints:
+            knows.append(f"the labels of {self.hints} private sample{'s' * (self.hints > 1)} of each class")
         knows.append("one release of each sample" if self.releases == 1 else f"the mean of {self.releases} releases")
         return knows
 
@@ -99,6 +107,8 @@ class Grants:
     encoder: Encoder | None = None
     auxiliary_x: Tensor | None = None
     auxiliary_y: Tensor | None = None
+    own_x: Tensor | None = None  # the inputs [N, …] of what crossed, in that order
+    y: Tensor | None = None  # the labels [N] of what crossed, in that order, of which hints are taken
 
 
 @dataclass(frozen=True)
@@ -139,8 +149,8 @@ class View:
 
     @property
     def encoder(self) -> Encoder:
-        """The victim's path, to be differentiated through."""
-        if not self.threat.white_box:
+        """The victim's path, or the stage of one who holds it itself, to be differentiated through."""
+        if not (self.threat.white_box or self.threat.own_inputs):
             raise LookupError("this attack needs the victim's weights; grant them with Threat(white_box=True)")
         return _handed(self._granted.encoder, "encoder")
 
@@ -166,6 +176,22 @@ class View:
                 "this attack needs labels of its own samples; grant them with Threat(auxiliary_labels=True)"
             )
         return _handed(self._granted.auxiliary_y, "auxiliary_y")
+
+    @property
+    def own_x(self) -> Tensor:
+        """The inputs of what crossed, in that order, of an adversary who sent it."""
+        if not self.threat.own_inputs:
+            raise LookupError("this attack needs its own inputs; grant them with Threat(own_inputs=True)")
+        return _handed(self._granted.own_x, "own_x")
+
+    @property
+    def hints(self) -> tuple[Tensor, Tensor]:
+        """Places [m] among the samples that crossed, and their labels [m]: the first of each class."""
+        if not self.threat.hints:
+            raise LookupError("this attack needs to know labels of some private samples; grant Threat(hints=1)")
+        y = _handed(self._granted.y, "y")
+        known = y >= 0
+        return known.nonzero()[:, 0], y[known]
 
     def _check_seen(self, kind: Kind) -> None:
         if kind not in self.threat.sees:
@@ -197,15 +223,26 @@ def observe(
 def granted(threat: Threat, grants: Grants | None = None) -> View:
     """Return the view of one adversary before anything has crossed: what its threat lets it know."""
     given = grants if grants is not None else Grants()
-    encoder = copy.copy(given.encoder) if threat.white_box or threat.queries else None
+    encoder = copy.copy(given.encoder) if threat.white_box or threat.queries or threat.own_inputs else None
     if encoder is not None:
         encoder.releases = threat.releases
     handed = Grants(
         encoder,
         given.auxiliary_x if threat.auxiliary else None,
         given.auxiliary_y if threat.auxiliary_labels else None,
+        given.own_x if threat.own_inputs else None,
+        _hinted(given.y, threat.hints) if threat.hints and given.y is not None else None,
     )
     return View(threat, (), handed)
+
+
+def _hinted(y: Tensor, hints: int) -> Tensor:
+    """Return the labels with all but the first few of each class left out, as -1."""
+    told = torch.full_like(y, -1)
+    for label in y.unique().tolist():
+        rows = (y == label).nonzero()[:hints, 0]
+        told[rows] = label
+    return told
 
 
 def _filtered(exchange: Exchange, kinds: frozenset[Kind], device: torch.device | str | None) -> Exchange:

@@ -16,7 +16,7 @@ from attacks.inversion.urvfl import URVFL
 from defenses.nopeek import NoPeek
 from splitlearn import Grants, Guard, Kind, Learner, Party, Threat, View, cut, granted, observe, u_shaped, vanilla, wire
 from splitlearn.data import load, split
-from splitlearn.metrics import ReconstructionScore, accuracy, score_reconstruction
+from splitlearn.metrics import LeakageScore, accuracy, score_reconstruction
 from splitlearn.models import digits_cnn
 
 EVERYTHING = Threat("malicious server", auxiliary=True, auxiliary_labels=True)
@@ -85,7 +85,7 @@ class Run:
         carried.party.predict(z)
         return observe(carried.record, threat=threat)
 
-    def score(self, z: Tensor | None = None, *, num: int = 128) -> ReconstructionScore:
+    def score(self, z: Tensor | None = None, *, num: int = 128) -> LeakageScore:
         x = PARTS.private.x[:num]
         found = self.insider(self.seen(self.client.predict(x) if z is None else z))
         return score_reconstruction(x, found.x_hat, auxiliary_x=PARTS.auxiliary.x)

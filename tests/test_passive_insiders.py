@@ -28,7 +28,7 @@ from splitlearn import (
     wire,
 )  # fmt: skip
 from splitlearn.data import load, split
-from splitlearn.metrics import ReconstructionScore, score_reconstruction
+from splitlearn.metrics import LeakageScore, score_reconstruction
 from splitlearn.models import digits_cnn
 
 LABELLED = Threat(auxiliary=True, auxiliary_labels=True)
@@ -88,7 +88,7 @@ class Victim:
         assert self.insider is not None
         return self.insider(seen(z))
 
-    def score(self, z: Tensor) -> ReconstructionScore:
+    def score(self, z: Tensor) -> LeakageScore:
         x = PARTS.private.x[: len(z)]
         return score_reconstruction(x, self.found(z).x_hat, auxiliary_x=PARTS.auxiliary.x)
 

@@ -35,7 +35,7 @@ from splitlearn import (
     wire,
 )  # fmt: skip
 from splitlearn.data import load, split, standardise
-from splitlearn.metrics import ReconstructionScore, score_reconstruction
+from splitlearn.metrics import LeakageScore, score_reconstruction
 from splitlearn.models import digits_cnn
 
 NOTHING = Threat()
@@ -74,7 +74,7 @@ class Victim:
     def activations(self, num: int = 32) -> Tensor:
         return self.client.predict(self.parts.private.x[:num])
 
-    def score(self, found: Reconstruction) -> ReconstructionScore:
+    def score(self, found: Reconstruction) -> LeakageScore:
         x = self.parts.private.x[: len(found.x_hat)]
         return score_reconstruction(x, found.x_hat, auxiliary_x=self.parts.auxiliary.x)
 
@@ -112,7 +112,7 @@ class Table:
     def attack(self, **settings) -> GRN:
         return GRN(self.x[:, list(self.columns)], self.columns, 30, **settings)
 
-    def score(self, found: Reconstruction) -> ReconstructionScore:
+    def score(self, found: Reconstruction) -> LeakageScore:
         others = list(self.others)
         return score_reconstruction(self.x[:, others], found.x_hat, auxiliary_x=self.auxiliary_x[:, others])
 
