@@ -16,9 +16,19 @@ from attacks.inversion.unsplit import UnSplit
 from attacks.inversion.urvfl import URVFL
 from attacks.inversion.weight_gradient import WeightGradientActivations
 from attacks.keys.li_micciancio import KeyRecovery
-from attacks.labels.clear_gradient import ClearGradientLabels
+from attacks.labels.completion import HintedHead, MaliciousOptimizer, ModelCompletion
+from attacks.labels.direct import DirectLabels
+from attacks.labels.exploit import ExPLoit
+from attacks.labels.guess import LabelGuess
 from attacks.labels.matching import GradientMatching
+from attacks.labels.norm import CosineScores, NormScores
 from attacks.labels.sent import SentLabels
+from attacks.labels.similarity import Similarity
+from attacks.labels.spectral import Spectral
+from attacks.membership.lira import LiRA, halves, likelihood_ratio
+from attacks.membership.points import ActivationPoint, GradientPoint, LogitPoint, Point
+from attacks.membership.threshold import LossThreshold
+from attacks.properties.attribute import AttributeInference
 from attacks.shares.first_party import FirstParty
 
 __all__ = [
@@ -28,25 +38,43 @@ __all__ = [
     "PCAT",
     "SDAR",
     "URVFL",
-    "ClearGradientLabels",
+    "ActivationPoint",
+    "AttributeInference",
     "Convolutional",
+    "CosineScores",
     "Decoder",
     "Dense",
+    "DirectLabels",
+    "ExPLoit",
     "FSHAProperty",
     "FirstParty",
     "GradientMatching",
+    "GradientPoint",
+    "HintedHead",
     "Inference",
     "Infiltration",
     "Insider",
     "Inversion",
     "KeyRecovery",
+    "LabelGuess",
     "LatentSearch",
+    "LiRA",
+    "LogitPoint",
+    "LossThreshold",
+    "MaliciousOptimizer",
     "MaximumLikelihood",
+    "ModelCompletion",
+    "NormScores",
+    "Point",
     "Reconstruction",
     "SentLabels",
     "Shadow",
+    "Similarity",
+    "Spectral",
     "SplitSpy",
     "UnSplit",
     "WeightGradientActivations",
     "decoder_family",
+    "halves",
+    "likelihood_ratio",
 ]

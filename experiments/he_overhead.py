@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attacks import ClearGradientLabels
+from attacks import DirectLabels
 from experiments.encrypted import WAYS, Ready, Setup, check_linear_last, encrypted_cut
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.names import find
@@ -36,7 +36,7 @@ from splitlearn.metrics import accuracy_advantage
 from splitlearn.threat import Threat, View, observe
 from splitlearn.train import evaluate
 
-__all__ = ["HE_OVERHEAD", "Config"]
+__all__ = ["ATTACKED", "HE_OVERHEAD", "Config", "labels_read"]
 
 ATTACKED = 4  # batches that the label attack reads
 TRANSCRIPT = 1 << 32  # bytes that are kept of them
@@ -228,27 +228,26 @@ def _leakage(trial: Trial, splits: Splits) -> list[Leakage]:
         ready.step(x, y)
     view = observe(ready.line.record, threat=Threat())
     truth = torch.cat(labels)
-    kept = truth >= 0
     if not ready.read_by_logits:
         return []  # weights above the server's layer: the gradient that crosses is not that of the logits
+    return [labels_read(view, truth, splits)]
+
+
+def labels_read(view: View, truth: Tensor, splits: Splits) -> Leakage:
+    """Return what a server reads of the labels in gradients of the outputs; ``truth`` is -1 where a row is padding."""
+    kept = truth >= 0
     share = splits.auxiliary.y.bincount(minlength=splits.private.num_classes).argmax()
     guess = float((truth[kept] == share).double().mean())
-    told = _read(ClearGradientLabels(), view)
-    score = guess if told is None else float((told[kept] == truth[kept]).double().mean())
-    return [
-        Leakage(
-            attack="clear_gradient", family="label", advantage=accuracy_advantage(score, guess),
-            metrics={"accuracy": score}, baselines={"accuracy_majority": guess},
-            details={} if told is not None else {"why": "no gradient crosses in the clear: nothing to read"},
-        )
-    ]  # fmt: skip
-
-
-def _read(attack: ClearGradientLabels, view: View) -> Tensor | None:
     try:
-        return attack(view)
+        told = DirectLabels()(view).labels
+        score = guess if told is None else float((told[kept] == truth[kept]).double().mean())
+        details = {}
     except LookupError:
-        return None
+        score, details = guess, {"why": "no gradient crosses in the clear: nothing to read"}
+    return Leakage(
+        attack="clear_gradient", family="label", advantage=accuracy_advantage(score, guess),
+        metrics={"accuracy": score}, baselines={"accuracy_majority": guess}, details=details,
+    )  # fmt: skip
 
 
 HE_OVERHEAD = Experiment(
