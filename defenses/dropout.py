@@ -39,7 +39,3 @@ class Dropout(Guard):
     def prediction(self, z: Tensor) -> Tensor:
         """Return what is sent of a prediction: as in training, or ``z`` itself without ``predictions``."""
         return self.activation(z) if self.predictions else z
-
-    def simulated(self) -> Guard:
-        """Return what an attacker simulates, who reads predictions: nothing where these are not dropped."""
-        return self if self.predictions else Guard()

@@ -28,7 +28,7 @@ class Quantised(Guard):
     bits: int
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.bits, int) and 1 <= self.bits <= MOST_BITS):
+        if not (type(self.bits) is int and 1 <= self.bits <= MOST_BITS):
             raise ValueError(f"expected whole bits from 1 to {MOST_BITS}, got {self.bits!r}; for example Quantised(2)")
 
     def activation(self, z: Tensor) -> Tensor:

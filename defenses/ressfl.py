@@ -22,6 +22,8 @@ from splitlearn.metrics import ssim_per_sample
 
 __all__ = ["ResSFL", "narrowed", "pretrain_resistant"]
 
+FLAT, SPATIAL = (nn.Linear, nn.Conv1d, nn.Flatten), (nn.Conv2d, nn.ConvTranspose2d)  # layers by what they put out
+
 
 @dataclass(frozen=True, eq=False)
 class ResSFL(Guard):
@@ -75,14 +77,25 @@ def narrowed(
     """Return bottom and top with a bottleneck at their cut: a convolution of ``channels`` to ``narrow``, and one back.
 
     For activations [N, channels, H, W]. The stages share the layers of those given, which keep their names. No ReLU
-    follows: under the penalty one dies, and nothing crosses any more.
+    follows: under the penalty one dies, and nothing crosses any more. ``ValueError`` for a bottom that puts out none.
     """
     if narrow < 1:
         raise ValueError(f"expected at least one channel at the cut, got {narrow}; the paper has 8")
+    _check_channels(bottom, channels)
     squeeze, widen = nn.Conv2d(channels, narrow, 3, padding=1), nn.Conv2d(narrow, channels, 3, padding=1)
     below = OrderedDict([*bottom._modules.items(), ("squeeze", squeeze)])
     above = OrderedDict([("widen", widen), *top._modules.items()])
     return nn.Sequential(below), nn.Sequential(above)
+
+
+def _check_channels(bottom: nn.Sequential, channels: int) -> None:
+    """Refuse a bottom whose last layer puts out no [N, channels, H, W], as far as its layers tell."""
+    last = [layer for layer in bottom.modules() if isinstance(layer, (*FLAT, *SPATIAL, nn.Unflatten))][-1:]
+    if any(isinstance(layer, FLAT) or getattr(layer, "out_channels", channels) != channels for layer in last):
+        raise ValueError(
+            f"expected a bottom that puts out images of {channels} channels, got one that ends in {last[0]}; cut "
+            "below the layers that flatten, and say how many channels cross there"
+        )
 
 
 def pretrain_resistant(

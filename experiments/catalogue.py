@@ -1,5 +1,6 @@
 """All that the command line can be asked for, by name."""
 
+from experiments.attribute import ATTRIBUTE
 from experiments.bench_dp import audit_power, dp_overhead
 from experiments.bench_he import he_overhead_figures
 from experiments.bench_import import import_time
@@ -9,27 +10,35 @@ from experiments.detection import DETECTION
 from experiments.experiment import Experiment
 from experiments.he_overhead import HE_OVERHEAD
 from experiments.ingredients import ATTACKS, BUILT_ATTACKS, DETECTORS, PROTECTIONS, PROTOCOLS
+from experiments.label_ingredients import LABEL_ATTACKS, LABEL_PROTECTIONS
+from experiments.label_leakage import LABEL_LEAKAGE
 from experiments.mechanisms import MECHANISMS
+from experiments.membership import MEMBERSHIP
 from experiments.mpc_overhead import MPC_OVERHEAD
 from experiments.parity import PARITY
 from experiments.parts import Bench
 from experiments.privacy_utility import PRIVACY_UTILITY
+from experiments.protection_grid import PROTECTION_GRID
 from experiments.reconstruction import DEFENSE_TOURNAMENT, RECONSTRUCTION_ATTACKS
 from experiments.tradeoff import TRADEOFF
 from experiments.updates import UPDATE_ATTACKS
 
 __all__ = [
-    "ATTACKS", "BENCHES", "BUILT_ATTACKS", "DETECTORS", "EXPERIMENTS", "MECHANISMS", "PROTECTIONS", "PROTOCOLS",
-    "UPDATE_ATTACKS",
+    "ATTACKS", "BENCHES", "BUILT_ATTACKS", "DETECTORS", "EXPERIMENTS", "LABEL_ATTACKS", "LABEL_PROTECTIONS",
+    "MECHANISMS", "PROTECTIONS", "PROTOCOLS", "UPDATE_ATTACKS",
 ]  # fmt: skip
 
 EXPERIMENTS: dict[str, Experiment] = {
     one.name: one
     for one in (
         TRADEOFF,
+        PROTECTION_GRID,
         RECONSTRUCTION_ATTACKS,
         DEFENSE_TOURNAMENT,
         DETECTION,
+        LABEL_LEAKAGE,
+        MEMBERSHIP,
+        ATTRIBUTE,
         PRIVACY_UTILITY,
         HE_OVERHEAD,
         MPC_OVERHEAD,

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.figures import count, seconds
-from experiments.record import Record
+from experiments.record import UNDERTRAINED, Record
 from experiments.summary import Point, Spread, families, summarise, utility_metric
 from experiments.tables import front_of, utility_columns
 
@@ -34,7 +34,7 @@ def _table(title: str, points: Sequence[Point]) -> Table:
     metric = utility_metric(points)
     front = front_of(points) if len(points) > 1 else []
     phase = _phase(points)
-    table = _empty(title, _caption(bool(front)))
+    table = _empty(title, _caption(bool(front), any(point.undertrained() for point in points)))
     table.add_column("protection")
     attacked = families(points)
     leaks = ["worst leakage"] if len(attacked) < 2 else [f"{family} leakage" for family in attacked]
@@ -45,7 +45,7 @@ def _table(title: str, points: Sequence[Point]) -> Table:
             escape(point.name) + (" *" if point in front else ""),
             str(len(point.seeds)),
             _spread(None if metric is None else point.utility(metric)),
-            *([_spread(point.worst)] if len(attacked) < 2 else [_spread(point.leakage(one)) for one in attacked]),
+            *(_leak(point, one) for one in (attacked if len(attacked) > 1 else [None])),
             _mean(point.nbytes(), count),
             _mean(point.seconds(phase), seconds),
         )
@@ -88,9 +88,19 @@ def _phase(points: Sequence[Point]) -> str:
     return "train" if any(point.seconds("train") for point in points) else "total"
 
 
-def _caption(starred: bool) -> str:
-    line = f"{SPREAD}; leakage: 0 nothing, 1 everything"
-    return f"{line}\n* on the Pareto front: nothing else is both more useful and leaks less" if starred else line
+def _caption(starred: bool, undertrained: bool) -> str:
+    lines = [f"{SPREAD}; leakage: 0 nothing, 1 everything"]
+    lines += ["* on the Pareto front: nothing else is both more useful and leaks less"] if starred else []
+    lines += (
+        [f"† {UNDERTRAINED} attacks: worse than who saw nothing, which shows no protection"] if undertrained else []
+    )
+    return "\n".join(lines)
+
+
+def _leak(point: Point, family: str | None) -> str:
+    """Return the leakage by a family of attacks, or by all."""
+    doubt = " †" if point.undertrained(family) else ""
+    return _spread(point.worst if family is None else point.leakage(family)) + doubt
 
 
 def _spread(found: Spread | None) -> str:

@@ -9,14 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from attacks import Infiltration, Insider
+from defenses.detectors.detector import Detector
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import ATTACKS, DETECTORS
 from experiments.names import find
-from experiments.parts import Watched
+from experiments.parts import Aim, Watched
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.scoring import aim_of, grants_of, scored, shown
 from experiments.setups import counted
+from experiments.tradeoff import check_auxiliary
 from experiments.training import (
     Training,
     build_model,
@@ -36,10 +38,11 @@ from splitlearn.remote import wire
 from splitlearn.threat import Encoder, Grants, granted, observe
 from splitlearn.train import Batches, epochs_of, evaluate, fit, predict
 
-__all__ = ["DETECTED_AT", "DETECTION", "HONEST", "SUSPICION", "Config"]
+__all__ = ["DETECTED_AT", "DETECTION", "HONEST", "READY", "SUSPICION", "Config"]
 
 HONEST = "honest"
 SUSPICION, DETECTED_AT = "suspicion", "detected_at"  # traces: scores turned so that more is worse; batch, if ever
+READY = "ready"  # 1 where the scores were as many as a verdict needs
 INSIDE = tuple(name for name, one in ATTACKS.items() if one.steps)
 
 
@@ -74,12 +77,12 @@ class Trial:
     server: str
     targets: int
 
-    def described(self) -> dict[str, Any]:
-        """Return the full configuration: every setting that the result depends on."""
+    def described(self, aim: Aim) -> dict[str, Any]:
+        """Return the full configuration: every setting that the result depends on, detector and attack included."""
         return {
             **described(self.data, self.sizes, self.training),
-            "detector": {"name": self.detector, "settings": DETECTORS[self.detector].settings},
-            "server": self.server,
+            "detector": {"name": self.detector, **DETECTORS[self.detector].described()},
+            "server": {"name": self.server} | ({} if self.server == HONEST else ATTACKS[self.server].described(aim)),
             "targets": self.targets,
         }
 
@@ -91,7 +94,14 @@ def tasks(config: Config, options: Options) -> list[Task]:
         find("detector", name, DETECTORS)
     for name in config.servers:
         find("server", name, {HONEST: None, **{one: ATTACKS[one] for one in INSIDE}})
+    for option in ("detectors", "servers"):
+        if not getattr(config, option):
+            raise ValueError(f"expected at least one of --{option}, got none: nothing to do; name one")
     sizes = sizes_of(options.data, private=config.private, auxiliary=config.auxiliary)
+    for name in config.detectors:
+        if sizes[0] < DETECTORS[name].least:
+            raise ValueError(f"expected --private of {DETECTORS[name].least} or more for {name}, got {sizes[0]}")
+    check_auxiliary([name for name in config.servers if name != HONEST], sizes[1])
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
     if splits.private.kind == "tokens":
         raise ValueError(f"expected inputs that are numbers, got {options.data}, which holds tokens")
@@ -113,7 +123,8 @@ def tasks(config: Config, options: Options) -> list[Task]:
                     "protection": detector, "strength": server,
                 }  # fmt: skip
                 call = partial(run_trial, trial, options.data_dir)
-                found.append(Task("detection", trial.described(), command, labels, call))
+                aim = aim_of(splits, seed, cut_at=place)
+                found.append(Task("detection", trial.described(aim), command, labels, call))
     return found
 
 
@@ -156,13 +167,23 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
             "scores": detector.scores,
             SUSPICION: [score if detector.above else -score for score in detector.scores],
             DETECTED_AT: [] if caught is None else [float(caught)],
+            READY: [float(detector.ready)],
         },
         notes=[
-            f"{trial.detector} {'never spoke' if caught is None else f'spoke at batch {caught}'} in {detector.batches} "
-            f"batches; the loss told to the client ended at {losses[-1]:.4f}",
+            f"{trial.detector} {_said(detector)} in {detector.batches} batches; the loss told to the client ended at "
+            f"{losses[-1]:.4f}",
             "strength: who is in the server's place",
         ],
     )  # fmt: skip
+
+
+def _said(detector: Detector) -> str:
+    """Return when the detector spoke, or why it did not."""
+    if detector.detected_at is not None:
+        return f"spoke at batch {detector.detected_at}"
+    if detector.ready:
+        return "never spoke"
+    return f"could not speak: {len(detector.scores)} scores are too few for {detector.policy},"
 
 
 def _insider(trial: Trial, server: Learner, splits: Splits) -> Insider:

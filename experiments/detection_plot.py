@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.cost_bars import by_setting, noted
-from experiments.detection import DETECTED_AT, HONEST, SUSPICION
+from experiments.detection import DETECTED_AT, HONEST, READY, SUSPICION
 from experiments.figures import number
 from experiments.plots import COLOURS, MARKERS, NEUTRAL, literal, written
 from experiments.record import Record
@@ -21,6 +21,7 @@ from splitlearn.metrics import auc
 __all__ = ["detection", "detection_table"]
 
 EXPERIMENT = "detection"
+TOO_FEW = "too few batches"
 
 
 def detection(records: Sequence[Record], path: Path) -> Path | None:
@@ -56,17 +57,20 @@ def detection_table(points: Sequence[Point]) -> Table | None:
         honest = _honest(point, watched)
         area = "—" if point.strength == HONEST or honest is None else number(_area(honest, point))
         scores = [score for record in point.records for score in record.traces.get("scores", [])]
+        able = _able(point)
+        short = len(point.records) - able
         rows.append(
             (
-                point.setting.title, point.protection, point.strength, f"{len(spoken)} of {len(point.records)}",
-                number(statistics.median(spoken)) if spoken else "—", area,
+                point.setting.title, point.protection, point.strength,
+                f"{len(spoken)} of {able}" + (f", {short} with {TOO_FEW}" if short else ""),
+                number(statistics.median(spoken)) if spoken else "never" if able else TOO_FEW, area,
                 number(statistics.median(scores)) if scores else "—",
             )
         )  # fmt: skip
     caption = (
         "How often the detector spoke, the median batch at which it did, the area under the ROC curve of its scores "
         "against those under an honest server, and the median score. Where the server is honest, speaking is a false "
-        "alarm."
+        f"alarm. With {TOO_FEW} no detector could have spoken, and none is counted."
     )
     columns = ("setting", "detector", "server", "spoke", "at batch", "ROC area", "median score")
     return Table(caption, columns, tuple(rows), 3)
@@ -79,7 +83,7 @@ def _curves(axes: Axes, members: Sequence[Point]) -> None:
     servers = list(dict.fromkeys(point.strength for point in others))
     for point in others:
         honest = _honest(point, members)
-        if honest is None:
+        if honest is None or not _suspicion(point):
             continue
         colour = COLOURS[names.index(point.protection) % len(COLOURS)]
         style = ("-", "--", ":", "-.")[servers.index(point.strength) % 4]
@@ -91,22 +95,24 @@ def _curves(axes: Axes, members: Sequence[Point]) -> None:
         axes.plot(false, true, style, color=colour, label=label, drawstyle="steps-post")
     axes.set_xlabel("honest scores past the threshold")
     axes.set_ylabel("scores under attack past the threshold")
-    if others:
+    if len(axes.get_lines()) > 1:  # beside the diagonal
         axes.legend(frameon=False, fontsize=8, title="area under the curve", title_fontsize=8, loc="lower right")
 
 
 def _times(axes: Axes, members: Sequence[Point]) -> None:
     batches = max((len(r.traces.get(SUSPICION, [])) for p in members for r in p.records), default=1)
-    last = max([batches, *(spoken for point in members for spoken in _spoken(point))])
+    last = max([1, batches, *(spoken for point in members for spoken in _spoken(point))])
     names = list(dict.fromkeys(point.protection for point in members))
     for place, point in enumerate(members):
         look = names.index(point.protection)
         spoken = _spoken(point)
-        silent = len(point.records) - len(spoken)
+        able, of = _able(point), len(point.records)
+        silent = [f"never ({able - len(spoken)} of {of})"] if able > len(spoken) else []
+        silent += [f"{TOO_FEW} ({of - able} of {of})"] if able < of else []
         colour, marker = COLOURS[look % len(COLOURS)], MARKERS[look % len(MARKERS)]
         axes.plot(spoken, [place] * len(spoken), marker, color=colour)
         if silent:
-            axes.text(last * 1.03, place, f"never ({silent} of {len(point.records)})", va="center", fontsize=8)
+            axes.text(last * 1.03, place, ", ".join(silent), va="center", fontsize=8)
     axes.set_yticks(range(len(members)), [literal(f"{p.protection}, {p.strength}") for p in members], fontsize=8.5)
     axes.invert_yaxis()
     axes.set_xlim(0, last * 1.35)
@@ -124,6 +130,11 @@ def _suspicion(point: Point) -> list[float]:
 
 def _spoken(point: Point) -> list[float]:
     return [at for record in point.records for at in record.traces.get(DETECTED_AT, [])]
+
+
+def _able(point: Point) -> int:
+    """Return in how many trials the detector had the scores that a verdict takes; a record may not say."""
+    return sum(record.traces.get(READY, [1.0]) == [1.0] for record in point.records)
 
 
 def _area(honest: Point, other: Point) -> float:

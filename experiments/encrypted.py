@@ -35,7 +35,7 @@ from privacy.he import (
 )  # fmt: skip
 from splitlearn.cut import cut, layer_names
 from splitlearn.data import Splits
-from splitlearn.party import Learner
+from splitlearn.party import Guard, Learner
 from splitlearn.protocols import u_shaped
 from splitlearn.remote import Wire, wire
 from splitlearn.train import Batches, Predictor, epochs_of, fit, predict
@@ -132,11 +132,12 @@ def check_linear_last(setup: Setup) -> None:
         )
 
 
-def plain(setup: Setup) -> Ready:
-    """U-shaped training in the clear: activations and gradients cross as they are."""
+def plain(setup: Setup, shield: Shield | None = None) -> Ready:
+    """U-shaped training in the clear: activations and gradients cross as they are, or as the client's shield has it."""
     bottom, layer, head = setup.parts()
-    client, top = _party(setup, CLIENT, bottom), _party(setup, "head", head)
-    line = wire(_party(setup, SERVER, nn.Sequential(layer)), max_nbytes=setup.max_nbytes)
+    shield = shield or Shield()
+    client, top = _party(setup, CLIENT, bottom, shield.guard), _party(setup, "head", head)
+    line = wire(_party(setup, SERVER, nn.Sequential(layer)), shield.codec, max_nbytes=setup.max_nbytes)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         return u_shaped(client, line.party, top, x, y)
@@ -284,11 +285,11 @@ def _trained(
     )
 
 
-def _party(setup: Setup, name: str, stage: nn.Module) -> Learner:
-    seed = setup.training.seed * 1000 + len(name)
+def _party(setup: Setup, name: str, stage: nn.Module, guard: Guard | None = None) -> Learner:
     return Learner(
-        name, stage, optimizer_for(stage, setup.training), loss=PaddedCrossEntropy(setup.expected), seed=seed
-    )
+        name, stage, optimizer_for(stage, setup.training), guard, loss=PaddedCrossEntropy(setup.expected),
+        seed=setup.training.seed * 1000 + len(name),
+    )  # fmt: skip
 
 
 def _joint(setup: Setup, stage: nn.Module, clip: float, noise: float) -> PrivateLearner:

@@ -4,8 +4,10 @@ To add one: write its file and its test row, then its line below. It then stands
 and in the grids and the report of every experiment.
 """
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -29,6 +31,7 @@ from defenses.detectors import GradientsScrutinizer, SplitGuard, SplitOut, hones
 from experiments import encrypted, setups, shares
 from experiments.parts import (
     CONTINUOUS,
+    Aim,
     Attack,
     BuiltAttack,
     DetectorEntry,
@@ -37,10 +40,12 @@ from experiments.parts import (
     Shield,
     Watched,
     number,
+    whole,
 )
 from privacy.dp import ClippedGaussian, ClippedLaplace
 from splitlearn.codecs import Int8, TopK
 from splitlearn.frames import Codec
+from splitlearn.guard import Guard
 from splitlearn.threat import Threat
 from splitlearn.train import Batches
 
@@ -50,15 +55,31 @@ WHITE_BOX = Threat(white_box=True, auxiliary=True)
 UNLABELLED = Threat(auxiliary=True)
 LABELLED = Threat(auxiliary=True, auxiliary_labels=True)
 QUERIES = Threat(queries=True, auxiliary=True)
+SIMULATORS = 2  # that a server trains on the side of one training: about one in ten finds no way to the client's
 
 
-def simulated_splitout(on: Watched) -> SplitOut:
-    """Return SplitOut, its honest gradients simulated on a quarter of the client's data for as many steps as it has."""
-    share, training = len(on.private) // 4, on.training
-    batches = Batches(on.private.x[:share], on.private.y[:share], batch_size=training.batch_size, seed=training.seed)
-    adam = partial(torch.optim.Adam, lr=training.lr)
-    honest = honest_gradients(on.learner, on.guess, adam, batches, epochs=4 * training.epochs)
-    return SplitOut(on.learner, honest)
+@dataclass(frozen=True)
+class Simulated:
+    """What SplitOut is given: honest gradients of one ``part``-th of the client's data, for as many steps as it has."""
+
+    part: int = 4
+
+    def __call__(self, on: Watched) -> dict[str, Any]:
+        """Simulate the training."""
+        share, training = len(on.private) // self.part, on.training
+        own = Batches(on.private.x[:share], on.private.y[:share], batch_size=training.batch_size, seed=training.seed)
+        adam = partial(torch.optim.Adam, lr=training.lr)
+        return {"honest": honest_gradients(on.learner, on.guess, adam, own, epochs=self.part * training.epochs)}
+
+
+def classes_and_seed(on: Watched) -> dict[str, Any]:
+    """Return what SplitGuard is given."""
+    return {"num_classes": on.private.num_classes, "seed": on.training.seed}
+
+
+def nothing(on: Watched) -> dict[str, Any]:
+    """Return that a detector is given no more than the learner."""
+    return {}
 
 
 def compressed(strength: str) -> Shield:
@@ -110,7 +131,7 @@ PROTECTIONS: dict[str, Protection] = {
         "activations of so many bits, each sample by its own range",
         "bits",
         ("4", "2", "1"),
-        lambda strength: Shield(Quantised(int(number(strength, "bits")))),
+        lambda strength: Shield(Quantised(whole(strength, "bits"))),
     ),
     "binarised": Protection("the signs of activations, and one scale", "", ("",), lambda _: Shield(Binarised())),
     "top_k": Protection(
@@ -129,14 +150,14 @@ PROTECTIONS: dict[str, Protection] = {
     "adversarial": Protection(
         "adversarial representation: the bottom trains against a decoder of the client's own",
         "weight of the decoder's error",
-        ("1", "3"),
+        ("3", "30"),
         lambda strength: Shield(AdversarialRepresentation(number(strength, "a weight"))),
         CONTINUOUS,
     ),
     "disco": Protection(
         "DISCO: channels pruned by a learned filter against a decoder of the client's own (Singh et al. 2021)",
         "share of the channels pruned",
-        ("0.5", "0.75"),
+        ("0.75", "0.9"),
         lambda strength: Shield(
             AdversarialRepresentation(1.0), layers=partial(Disco, ratio=number(strength, "a share to prune"))
         ),
@@ -145,7 +166,7 @@ PROTECTIONS: dict[str, Protection] = {
     "ressfl": Protection(
         "ResSFL's penalty: a decoder of the client's own is to miss by SSIM (Li et al. 2022; no pretraining)",
         "weight",
-        ("0.3", "1"),
+        ("1", "10"),
         lambda strength: Shield(ResSFL(number(strength, "a weight"))),
         ("image",),
     ),
@@ -160,6 +181,20 @@ PROTECTIONS: dict[str, Protection] = {
         "int8 or top-k on the wire: is it a defense?", "int8, or fraction kept", ("int8", "0.1", "0.02"), compressed
     ),
 }
+
+GUARD = ("what the client's guard does: with it and without, of which the better one counts",)
+
+
+def both(aim: Aim, build: Callable[[Guard], Mapping[str, Any]], *, penalty: bool = False) -> Mapping[str, Any]:
+    """Return an attack's members and, where the aim's guard does something that they can simulate, each again with it.
+
+    All simulate what a guard does to activations, with ``penalty`` also what it adds to the loss.
+    """
+    guard, plain = aim.guard, build(Guard())
+    if type(guard).activation is Guard.activation and not (penalty and guard.penalises):
+        return plain
+    return {**plain, **{f"{name}_through_guard": one for name, one in build(guard).items()}}
+
 
 ATTACKS: dict[str, Attack] = {
     "rmle": Attack(
@@ -180,7 +215,8 @@ ATTACKS: dict[str, Attack] = {
         "query-free: a shadow of the bottom, trained to fit the server's own top (He et al. 2019)",
         "reconstruction",
         LABELLED,
-        lambda aim: {"shadow": Shadow(aim.top, seed=aim.seed)},
+        lambda aim: both(aim, lambda guard: {"shadow": Shadow(aim.top, bounds=aim.bounds, guard=guard, seed=aim.seed)}),
+        knows=GUARD,
         needs_top=True,
     ),
     "unsplit": Attack(
@@ -197,34 +233,60 @@ ATTACKS: dict[str, Attack] = {
         "FORA: a substitute whose activations are distributed as those seen (Xu et al. 2024)",
         "reconstruction",
         UNLABELLED,
-        lambda aim: {"fora": FORA(seed=aim.seed)},
+        lambda aim: both(aim, lambda guard: {"fora": FORA(bounds=aim.bounds, guard=guard, seed=aim.seed)}),
+        knows=GUARD,
     ),
     "pcat": Attack(
         "PCAT: a pseudo-client trained through the live server, a decoder after (Gao & Zhang 2023)",
         "reconstruction",
         LABELLED,
-        lambda aim: {"pcat": PCAT(bounds=aim.bounds, seed=aim.seed)},
+        lambda aim: both(
+            aim, lambda guard: {"pcat": PCAT(bounds=aim.bounds, guard=guard, seed=aim.seed)}, penalty=True
+        ),
+        knows=GUARD,
         steps=1000,
     ),
     "sdar": Attack(
         "SDAR: a simulator of the client and its decoder, held to the client's by critics (Zhu et al. 2025)",
         "reconstruction",
         LABELLED,
-        lambda aim: {"sdar": SDAR(bounds=aim.bounds, seed=aim.seed)},
+        lambda aim: both(
+            aim,
+            lambda guard: {
+                f"sdar{n}": SDAR(bounds=aim.bounds, guard=guard, seed=aim.seed + 100 * n) for n in range(SIMULATORS)
+            },
+            penalty=True,
+        ),
+        knows=GUARD,
         steps=1500,
     ),
     "sdar_plain": Attack(
         "the same without critics, for comparison: the paper's ablation",
         "reconstruction",
         LABELLED,
-        lambda aim: {"sdar_plain": SDAR(bounds=aim.bounds, seed=aim.seed, simulator_weight=0.0, decoder_weight=0.0)},
+        lambda aim: both(
+            aim,
+            lambda guard: {
+                f"sdar_plain{n}": SDAR(
+                    bounds=aim.bounds,
+                    guard=guard,
+                    seed=aim.seed + 100 * n,
+                    simulator_weight=0.0,
+                    decoder_weight=0.0,
+                )
+                for n in range(SIMULATORS)
+            },
+            penalty=True,
+        ),
+        knows=GUARD,
         steps=1500,
     ),
     "fsha": Attack(
         "FSHA: the server's gradients pull the client to an autoencoder's activations (Pasquini et al. 2021)",
         "reconstruction",
         UNLABELLED,
-        lambda aim: {"fsha": FSHA(bounds=aim.bounds, seed=aim.seed)},
+        lambda aim: both(aim, lambda guard: {"fsha": FSHA(bounds=aim.bounds, guard=guard, seed=aim.seed)}),
+        knows=GUARD,
         steps=1000,
         active=True,
     ),
@@ -232,7 +294,11 @@ ATTACKS: dict[str, Attack] = {
         "FSHA that scales its gradient a hundredfold, to drown a client's penalty",
         "reconstruction",
         UNLABELLED,
-        lambda aim: {"fsha_scaled": FSHA(bounds=aim.bounds, gradient_scale=100.0, seed=aim.seed)},
+        lambda aim: both(
+            aim,
+            lambda guard: {"fsha_scaled": FSHA(bounds=aim.bounds, gradient_scale=100.0, guard=guard, seed=aim.seed)},
+        ),
+        knows=GUARD,
         steps=1000,
         active=True,
     ),
@@ -240,35 +306,45 @@ ATTACKS: dict[str, Attack] = {
         "SplitSpy: FSHA that answers batches honestly whose labels look random (Fu et al. 2023)",
         "reconstruction",
         UNLABELLED,
-        lambda aim: {"splitspy": SplitSpy(FSHA(bounds=aim.bounds, seed=aim.seed))},
+        lambda aim: both(
+            aim, lambda guard: {"splitspy": SplitSpy(FSHA(bounds=aim.bounds, guard=guard, seed=aim.seed))}
+        ),
+        knows=GUARD,
         steps=1000,
         active=True,
+        needs_labels=True,
     ),
     "urvfl": Attack(
-        "URVFL: FSHA whose critic knows the labels, so that its gradients look alike by label (2025)",
+        "URVFL: FSHA whose critic knows the labels, so that its gradients look alike by label (Yao et al. 2024)",
         "reconstruction",
         LABELLED,
-        lambda aim: {"urvfl": URVFL(classes=max(2, aim.classes), bounds=aim.bounds, seed=aim.seed)},
+        lambda aim: both(
+            aim,
+            lambda guard: {"urvfl": URVFL(classes=max(2, aim.classes), bounds=aim.bounds, guard=guard, seed=aim.seed)},
+        ),
+        knows=GUARD,
         steps=1000,
         active=True,
+        needs_labels=True,
     ),
 }
 
 DETECTORS: dict[str, DetectorEntry] = {
     "splitguard": DetectorEntry(
         "SplitGuard: gradients of batches with random labels against those of others (Erdoğan et al. 2022)",
-        "a tenth of the batches from the 20th on, alpha 5, beta 2, threshold .9, mean of 10",
-        lambda on: SplitGuard(on.learner, num_classes=on.private.num_classes, seed=on.training.seed),
+        SplitGuard,
+        classes_and_seed,
     ),
     "scrutinizer": DetectorEntry(
         "Gradients Scrutinizer: gradients of one label against those of others, by their cosine (Fu et al. 2023)",
-        "gap, threshold .1, mean of 10",
-        lambda on: GradientsScrutinizer(on.learner),
+        GradientsScrutinizer,
+        nothing,
     ),
     "splitout": DetectorEntry(
         "SplitOut: outliers among gradients of a training that the client simulates (Erdoğan et al. 2023)",
-        "a quarter of the data, as many steps as the training, window 10, threshold .5",
-        simulated_splitout,
+        SplitOut,
+        Simulated(),
+        least=4,  # of which one is simulated on
     ),
 }
 
@@ -283,11 +359,18 @@ BUILT_ATTACKS: dict[str, BuiltAttack] = {
     "matching": BuiltAttack(
         "labels by gradient matching in the U shape (Erdoğan et al. 2022), noise and passes known (privacy_utility)"
     ),
+    "lira": BuiltAttack(
+        "membership by likelihood ratio over shadow models, at any point of the split (Carlini et al. 2022; membership)"
+    ),
+    "loss_threshold": BuiltAttack("membership by one threshold on the loss (Yeom et al. 2018; membership)"),
+    "attribute": BuiltAttack(
+        "an attribute of private samples by a classifier of activations (Song & Shmatikov 2020; attribute)"
+    ),
 }
 
 PROTOCOLS: dict[str, Protocol] = {
     "vanilla": Protocol(setups.train_vanilla, infiltrable=True),
-    "u_shaped": Protocol(setups.train_u_shaped, infiltrable=True),
+    "u_shaped": Protocol(setups.train_u_shaped, infiltrable=True, labels_cross=False),
     "splitfed_v1": Protocol(setups.train_splitfed_v1),
     "splitfed_v2": Protocol(setups.train_splitfed_v2),
     "splitfed_v3": Protocol(setups.train_splitfed_v3),

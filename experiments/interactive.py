@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.figures import count, seconds, spread
 from experiments.plots import NEUTRAL, Style, styles
-from experiments.record import Record
+from experiments.record import UNDERTRAINED, Record
 from experiments.summary import Mark, Spread, marks, pareto_front, summarise, utility_metric
 
 __all__ = ["interactive_tradeoff"]
@@ -21,7 +21,7 @@ def interactive_tradeoff(records: Sequence[Record]) -> str | None:
     """Return an HTML fragment with the plot and the script that draws it; None where there is nothing to plot."""
     from plotly.io import to_html  # only where a report is written
 
-    points = summarise(records)
+    points = [point for point in summarise(records) if point.protects]
     metric = utility_metric(points)
     panels = marks(points, metric)
     if metric is None or not panels:
@@ -158,7 +158,8 @@ def _hover(mark: Mark, metric: str) -> str:
     lines = [f"<b>{_plain(point.name)}</b>", f"{_plain(metric.replace('_', ' '))} {spread(mark.utility)}"]
     for attack in point.attacks:
         advantage = Spread.of(leak.advantage for leak in point.leaks(attack))
-        lines.append(f"leakage, {_plain(attack)}: {spread(advantage)}")
+        doubt = f" ({UNDERTRAINED})" if any(leak.standing == UNDERTRAINED for leak in point.leaks(attack)) else ""
+        lines.append(f"leakage, {_plain(attack)}: {spread(advantage)}{doubt}")
     for name, figure, show in (
         ("bytes up", point.nbytes("up"), count),
         ("bytes down", point.nbytes("down"), count),

@@ -6,6 +6,7 @@ one by one: nothing else makes an ε per sample hold.
 """
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -71,6 +72,7 @@ class Reached:
     claims: Sequence[Claim]
     lower: float  # the audit's bound on the ε of the first claim
     audit: str  # what was audited, in words
+    seconds: float = 0.0  # of training, without the audit
     releases: int = 1  # of each private input
     guard: ClippedGaussian | ClippedLaplace | None = None  # the noise on activations, for Fisher information
     label_attack: str = ""  # its name in the catalogue
@@ -188,7 +190,9 @@ def private_sgd(start: Start) -> Reached:
     client, server, batches = _private_parties(start, noise, budget, private.x, private.y)
     line = wire(server, max_nbytes=1 << 34)
     epoch = epochs_of(lambda x, y: _forgetting(line, vanilla(client, line.party, x, y)), batches)
+    begun = time.perf_counter()
     done = fit(epoch, epochs=-(-sgd.steps // round(1 / sgd.rate)))  # or as many steps as the budget allows
+    seconds = time.perf_counter() - begun
     bound = audited_in_one_run(
         lambda x, y: _private_parties(start, noise, Budget(delta=start.delta), x, y),
         nn.Sequential(*start.halves()), start.splits, sgd.steps,
@@ -200,7 +204,7 @@ def private_sgd(start: Start) -> Reached:
     )
     return Reached(
         trained, [*budget.claims(), _in_the_clear(start, Adjacency.REPLACE_SAMPLE)], bound.lower,
-        f"one run, {bound.canaries} canaries, {bound.correct} of {bound.guesses} guesses right",
+        f"one run, {bound.canaries} canaries, {bound.correct} of {bound.guesses} guesses right", seconds,
         notes=[f"DP-SGD: noise multiplier {noise:.4g} on both stages as one, batches of {batches.capacity} rows"],
     )  # fmt: skip
 
@@ -320,11 +324,13 @@ def _noised(
         guard, account, everything, over=len(private), crosses={Kind.ACTIVATION, Kind.LABEL},
         predictions="of others",
     )  # fmt: skip
+    begun = time.perf_counter()
     trained, _ = over_the_cut(start, entered, private.y, centre=public.mean(0))
+    seconds = time.perf_counter() - begun
     bound = _audit_of_noise(start, guard, start.passes, public[0].numel())
     return Reached(
         trained, [*budget.claims(), *watch.claims()], bound.lower,
-        f"{start.passes} releases of either end of the ball, {bound.draws} draws a world", start.passes, guard,
+        f"{start.passes} releases of either end of the ball, {bound.draws} draws a world", seconds, start.passes, guard,
         notes=[f"clip {clip:.4g}, the median norm of public activations around their mean; {guard!r}"],
     )  # fmt: skip
 

@@ -1,7 +1,10 @@
 """What the catalogue lists: protections, attacks, protocols and benchmarks, each with the line that describes it."""
 
+import inspect
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from math import isfinite, nan
 from typing import Any, Literal
 
 import torch
@@ -14,8 +17,9 @@ from splitlearn.party import Guard, Learner
 from splitlearn.threat import Threat
 
 __all__ = [
-    "CONTINUOUS", "Aim", "Attack", "Bench", "BuiltAttack", "DetectorEntry", "LabelProtection", "LabelShield",
-    "Protection", "Protocol", "Shield", "Watched", "number",
+    "CONTINUOUS", "Aim", "Attack", "Bench", "BuiltAttack", "DetectorEntry", "LabelAim", "LabelAttack",
+    "LabelProtection", "LabelShield", "Protection", "Protocol", "Shield", "Watched", "number",
+    "told", "whole",
 ]  # fmt: skip
 
 CONTINUOUS: tuple[Modality, ...] = ("image", "signal", "table")
@@ -83,6 +87,38 @@ class LabelProtection:
 
 
 @dataclass(frozen=True)
+class LabelAim:
+    """What is public about the labels that an attack is after, how many of each class it knows, and its seed."""
+
+    classes: int
+    hints: int
+    seed: int
+    bottom: Callable[[], nn.Module] = nn.Identity  # builds a fresh one of the client's architecture
+
+
+@dataclass(frozen=True)
+class LabelAttack:
+    """An attack on labels from what crosses. ``build(aim)`` makes it, under ``threat`` with the aim's hints."""
+
+    summary: str
+    build: Callable[[LabelAim], Any]
+    hinted: int = 0  # times the hints that the experiment grants; 0: it needs none
+    own_inputs: bool = False  # whether it must hold inputs and bottom itself
+    blind: Callable[[LabelAim], Any] | None = None  # the same without what training left: what it gets is no leakage
+    binary: bool = False  # whether it is for two classes alone
+
+    @property
+    def seats(self) -> tuple[str, ...]:
+        """Who can run it."""
+        return ("client",) if self.own_inputs else ("client", "server")
+
+    def threat(self, seat: str, hints: int) -> Threat:
+        """Return what it needs, and no more."""
+        name = {"client": "client without labels", "server": "server of the U shape"}[seat]
+        return Threat(name, own_inputs=self.own_inputs, hints=self.hinted * hints)
+
+
+@dataclass(frozen=True)
 class Protection:
     """A protection at several strengths, weakest first. ``build`` makes the shield for one of them, or any other."""
 
@@ -103,6 +139,7 @@ class Aim:
     classes: int = 0
     stage: Callable[[], nn.Module] = nn.Identity  # builds a fresh bottom of the victim's architecture
     top: nn.Module = field(default_factory=nn.Identity)  # the server's own stage, where it puts out logits
+    guard: Guard = field(default_factory=Guard)  # what the victim does to any stage's activations
 
 
 @dataclass(frozen=True)
@@ -121,6 +158,18 @@ class Attack:
     knows: tuple[str, ...] = ()  # beyond what its threat says, in plain words
     active: bool = False  # whether it answers with lies
     needs_top: bool = False  # whether it goes by the server's stage, which must then put out logits
+    needs_labels: bool = False  # whether it goes by labels that the client sends, which the U shape does not
+
+    def described(self, aim: Aim) -> dict[str, Any]:
+        """Return what its result depends on: steps, threat, and each member as built for seed 0.
+
+        So that trials that differ by their seed alone are seen to do so.
+        """
+        return {
+            "steps": self.steps,
+            "threat": {**asdict(self.threat), "sees": sorted(self.threat.sees)},
+            "members": {name: told(one) for name, one in self.build(replace(aim, seed=0)).items()},
+        }
 
     @property
     def in_words(self) -> list[str]:
@@ -142,11 +191,27 @@ class Watched:
 
 @dataclass(frozen=True)
 class DetectorEntry:
-    """A detector of hijacked training. ``build(watched)`` puts it in the learner's place; ``settings`` in words."""
+    """A detector of hijacked training: ``kind``, which takes the learner's place, with what ``given(watched)`` returns.
+
+    Everything else is as by default.
+    """
 
     summary: str
-    settings: str
-    build: Callable[[Watched], Any]
+    kind: Callable[..., Any]
+    given: Callable[[Watched], Mapping[str, Any]]
+    least: int = 1  # private samples that it needs
+
+    def build(self, watched: Watched) -> Any:
+        """Return the detector in the learner's place."""
+        return self.kind(watched.learner, **self.given(watched))
+
+    def described(self) -> dict[str, str]:
+        """Return what its scores and its verdict depend on: the settings, and how what it is given is made."""
+        settings = inspect.signature(self.kind).parameters.values()
+        return {
+            **{one.name: told(one.default) for one in settings if one.default is not inspect.Parameter.empty},
+            "given": told(self.given),
+        }
 
 
 @dataclass(frozen=True)
@@ -163,6 +228,7 @@ class Protocol:
     train: Callable[..., Any]
     activations_cross: bool = True
     infiltrable: bool = False  # whether ``train`` takes ``infiltrate``: somebody else in the server's place
+    labels_cross: bool = True  # whether the server is sent labels
 
     @property
     def summary(self) -> str:
@@ -179,8 +245,24 @@ class Bench:
 
 
 def number(text: str, what: str) -> float:
-    """Return the number in ``text``; anything else is a ``ValueError`` that says what was expected."""
+    """Return the finite number in ``text``; anything else is a ``ValueError`` that says what was expected."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise ValueError(f"expected {what}, got {text!r}; for example 0.1") from None
+        value = nan
+    if not isfinite(value):
+        raise ValueError(f"expected {what}, got {text!r}; for example 0.1")
+    return value
+
+
+def whole(text: str, what: str) -> int:
+    """Return the whole number in ``text``; anything else is a ``ValueError`` that says what was expected."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"expected {what}, a whole number, got {text!r}; for example 2") from None
+
+
+def told(thing: Any) -> str:
+    """Return an object's settings as text, without where in memory a function of them lies."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))

@@ -83,7 +83,7 @@ def tradeoff(records: Sequence[Record], path: Path) -> Path | None:
 
     Returns None, and removes the file, where no trial has both figures.
     """
-    points = summarise(records)
+    points = [point for point in summarise(records) if point.protects]
     metric = utility_metric(points)
     panels = marks(points, metric)
     if metric is None or not panels:

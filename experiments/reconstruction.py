@@ -58,6 +58,8 @@ def attack_tasks(config: Attacks, options: Options) -> list[Task]:
     """Return a task for each cut, protocol and seed, and for each federation whose updates are attacked."""
     for name in config.update_attacks:
         find("attack", name, UPDATE_ATTACKS)
+    if not (config.attacks or config.update_attacks):
+        raise ValueError("expected at least one attack, got none: nothing to do; name one with --attacks")
     name = "reconstruction_attacks"
     found = tradeoff.tasks(replace(config, update_attacks=()), options, name=name) if config.attacks else []
     sizes = sizes_of(options.data, private=config.private, auxiliary=config.auxiliary)

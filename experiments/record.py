@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["IMPROVING", "Leakage", "Record", "trial_hash"]
+__all__ = ["IMPROVING", "UNDERTRAINED", "Leakage", "Record", "trial_hash"]
 
 Json = Any
 IMPROVING = "still improving"
+UNDERTRAINED = "UNDERTRAINED"
 LOWER_IS_BETTER = frozenset({"mse", "mae", "rmse", "lpips", "loss"})  # for the attacker; other metrics are to be high
 
 
@@ -29,7 +30,7 @@ class Leakage(BaseModel):
     def standing(self) -> str:
         """How far the attack's own training came; empty where it has none, or does not say."""
         if self.details.get("undertrained"):
-            return "UNDERTRAINED"
+            return UNDERTRAINED
         converged = self.details.get("evidence", {}).get(self.details.get("best"), {}).get("converged")
         return "" if converged is None else "converged" if converged else IMPROVING
 

@@ -14,13 +14,15 @@ from matplotlib.image import imsave
 from experiments.detection_plot import detection, detection_table
 from experiments.figures import number, spread
 from experiments.gallery import Row, gallery, strip
+from experiments.grid_plot import protection_grid
 from experiments.he_plot import he_costs
 from experiments.interactive import interactive_tradeoff
+from experiments.label_plot import label_table, labels
 from experiments.mpc_plot import mpc_costs
 from experiments.plots import leakage_note, reconstructions, spread_note, tradeoff
 from experiments.privacy_plot import privacy
 from experiments.progress import counted
-from experiments.record import Record
+from experiments.record import UNDERTRAINED, Record
 from experiments.store import Store, write_atomically
 from experiments.summary import Mark, Point, marks, pareto_front, summarise, utility_metric
 from experiments.tables import (
@@ -62,7 +64,8 @@ def build(root: Path) -> Path:
     """Write ``results.csv``, the pictures and ``report.html``; return its path.
 
     The pictures are ``tradeoff.png``, ``reconstructions.png``, where an ε is claimed ``privacy.png``, and of
-    ``he_overhead`` ``encryption.png``, of ``mpc_overhead`` ``shares.png``, of ``detection`` ``detection.png``.
+    ``he_overhead`` ``encryption.png``, of ``mpc_overhead`` ``shares.png``, of ``detection`` ``detection.png``, of
+    ``label_leakage`` ``labels.png``, of ``protection_grid`` ``protection_grid.png``.
 
     A picture that the records have no figures for is left out, and removed if an earlier report left it. A corrupt
     record is told of in the report; ``ValueError`` where there is none at all that can be read.
@@ -82,6 +85,8 @@ def build(root: Path) -> Path:
         "encryption": he_costs(records, root / "encryption.png"),
         "shares": mpc_costs(records, root / "shares.png"),
         "detection": detection(records, root / "detection.png"),
+        "labels": labels(records, root / "labels.png"),
+        "protection_grid": protection_grid(records, root / "protection_grid.png"),
     }
     return write_atomically(root / "report.html", _page(records, problems, store, drawn).encode())
 
@@ -107,10 +112,11 @@ def _page(records: Sequence[Record], problems: Sequence[str], store: Store, draw
         summary=_summary(points, failed),
         problems=problems,
         plot=Markup(plot) if plot is not None else None,  # plotly escapes what it embeds
-        plot_note=f"{leakage_note(points)} {spread_note(max((len(point.seeds) for point in points), default=0))}",
+        plot_note=_plot_note([point for point in points if point.protects]),
         **{name: None if path is None else _embedded(path.read_bytes()) for name, path in drawn.items()},
         accounts=accounts_table(points),
         detected=detection_table(points),
+        labels_by_epoch=label_table(points),
         pictures=[_picture(row) for row in gallery(records, store)],
         results=results_tables(points),
         strengths=strength_notes(points),
@@ -120,6 +126,10 @@ def _page(records: Sequence[Record], problems: Sequence[str], store: Store, draw
         groups=[(point, [_trial(record, store) for record in point.records]) for point in points],
         failed=[_trial(record, store) for record in failed],
     )
+
+
+def _plot_note(points: Sequence[Point]) -> str:
+    return f"{leakage_note(points)} {spread_note(max((len(point.seeds) for point in points), default=0))}"
 
 
 def _trial(record: Record, store: Store) -> Trial:
@@ -149,11 +159,16 @@ def _summary(points: Sequence[Point], failed: Sequence[Record]) -> list[tuple[st
         f"seeds {', '.join(map(str, seeds)) or 'none'}."
     )
     lines = [opening + (f" {len(failed)} failed; see the end of this page." if failed else "")]
-    metric = utility_metric(points)
+    metric = utility_metric([point for point in points if point.protects])
     panels = marks(points, metric)
     if metric is None or not panels:
         told_by = "Nothing was attacked: the table of results holds what was measured."
-        if any(point.attacks for point in points):
+        if points and not any(point.protects for point in points):
+            told_by = (
+                "A detector keeps nothing secret: its table says how often and how soon it spoke. What leaks in a "
+                "training that is hijacked speaks for no detector."
+            )
+        elif any(point.attacks for point in points):
             told_by = (
                 "Each mechanism protects something else: the picture of ε and the tables compare them within that."
             )
@@ -169,6 +184,7 @@ def _trade(members: Sequence[Mark], metric: str) -> Iterable[str]:
 
     def words(mark: Mark) -> str:
         verdict = ", which is no protection" if mark.leakage.mean >= NO_PROTECTION else ""
+        verdict += f", by attacks {UNDERTRAINED}: not shown to protect" if mark.point.undertrained() else ""
         return f"{mark.point.name} ({metric} {number(mark.utility.mean)}, leakage {number(mark.leakage.mean)}{verdict})"
 
     bare = next((mark for mark in members if not mark.point.protected), None)

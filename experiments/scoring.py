@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from attacks import Infiltration, Insider, Reconstruction
 from experiments.ingredients import ATTACKS, PROTOCOLS
 from experiments.parts import Aim, Attack, Shield
+from experiments.progress import counted
 from experiments.record import IMPROVING, Leakage
 from experiments.training import Trained, Training, build_model
+from splitlearn.codecs import through
 from splitlearn.cut import cut
 from splitlearn.data import Splits
+from splitlearn.frames import Kind
 from splitlearn.metrics import score_reconstruction
 from splitlearn.party import Guard, Learner
 from splitlearn.threat import Grants, View, granted, observe
@@ -79,6 +82,13 @@ def attack_victim(
         done.leakage.append(leak)
         done.visible[f"attacker ({name})"] = attack.in_words
         done.notes.extend(_doubts(leak))
+        if attack.steps:
+            batches = ceil(len(splits.private) / training.batch_size)
+            epochs = _epochs(attack, training, splits)
+            done.notes.append(
+                f"{name}: the victim trained {counted(epochs * batches, 'step')} ({counted(epochs, 'epoch')}) under "
+                f"it; utility is that of {counted(training.epochs, 'epoch')}"
+            )
         done.images.update(shown(x, name, x_hat))
     return done
 
@@ -86,12 +96,14 @@ def attack_victim(
 def aim_of(splits: Splits, seed: int, *, cut_at: str = "", shield: Shield | None = None) -> Aim:
     """Return what is public about the inputs that an attack is after, and the architecture of who holds them.
 
-    Who knows the architecture knows the protection, which is part of it.
+    Who knows the architecture knows the protection, which is part of it. A guard that goes with layers of its own is
+    known there alone, since it cannot be put behind another stage.
     """
-    private = splits.private
+    private, shield = splits.private, shield or Shield()
     bounds = (0.0, 1.0) if private.kind == "image" else None
-    stage = _Fresh(cut_at, splits, shield or Shield()) if cut_at else nn.Identity
-    return Aim(tuple(private.x.shape[1:]), bounds, seed, private.num_classes, stage)
+    stage = _Fresh(cut_at, splits, shield) if cut_at else nn.Identity
+    guard = shield.guard if shield.layers is None else Guard()
+    return Aim(tuple(private.x.shape[1:]), bounds, seed, private.num_classes, stage, guard=guard)
 
 
 def shown(x: Tensor, name: str, x_hat: Tensor) -> dict[str, Tensor]:
@@ -162,7 +174,7 @@ def _infiltrated(
     infiltration: Infiltration, attack: Attack, training: Training, splits: Splits, shield: Shield
 ) -> tuple[Trained, Insider]:
     """Train for as many steps as the attack asks with its insider in the server's place; return both."""
-    epochs = ceil(attack.steps / ceil(len(splits.private) / training.batch_size))
+    epochs = _epochs(attack, training, splits)
     before = granted(attack.threat, grants_of(splits, training))
     seated: list[Insider] = []
 
@@ -172,6 +184,11 @@ def _infiltrated(
 
     train = PROTOCOLS[training.protocol].train
     return train(replace(training, epochs=epochs), splits, shield, infiltrate=infiltrate), seated[0]
+
+
+def _epochs(attack: Attack, training: Training, splits: Splits) -> int:
+    """Return how many epochs hold as many steps as the attack asks for."""
+    return ceil(attack.steps / ceil(len(splits.private) / training.batch_size))
 
 
 @dataclass(frozen=True)
@@ -185,18 +202,20 @@ class _Fresh:
     def __call__(self) -> nn.Module:
         bottom = cut(build_model(self.splits, seed=int(torch.randint(1 << 31, ()))), self.cut)[0]
         shaped = self.shield.shaped(bottom, self.splits.private.x[:1])
-        return shaped if type(self.shield.guard) is Guard else nn.Sequential(shaped, _Guarded(self.shield.guard))
+        bare = type(self.shield.guard) is Guard and self.shield.codec is None
+        return shaped if bare else nn.Sequential(shaped, _Sent(self.shield))
 
 
-class _Guarded(nn.Module):
-    """What a guard makes of activations, as a layer."""
+class _Sent(nn.Module):
+    """What guard and codec make of the activations of predictions, as a layer."""
 
-    def __init__(self, guard: Guard):
+    def __init__(self, shield: Shield):
         super().__init__()
-        self.guard = guard.simulated()
+        self.guard, self.codec = shield.guard.simulated(), shield.codec
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.guard.activation(z)
+        sent = self.guard.prediction(z)
+        return sent if self.codec is None or Kind.ACTIVATION not in self.codec.kinds else through(self.codec, sent)
 
 
 def _doubts(leak: Leakage) -> list[str]:

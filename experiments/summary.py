@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from experiments.record import Leakage, Record
+from experiments.record import UNDERTRAINED, Leakage, Record
 from experiments.store import strength_order
 
 __all__ = ["Mark", "Point", "Setting", "Spread", "families", "marks", "pareto_front", "summarise", "utility_metric"]
@@ -15,6 +15,7 @@ __all__ = ["Mark", "Point", "Setting", "Spread", "families", "marks", "pareto_fr
 UTILITY = ("accuracy", "macro_f1", "auc")  # the first one that was measured is the axis of the trade-off
 LONGEST = 24  # characters of a setting that tells variants apart
 ABSENT = "—"
+WATCHED = frozenset({"detection"})  # experiments in whose records a detector stands in a protection's place
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,22 @@ class Point:
     def protected(self) -> bool:
         """Whether there is a protection."""
         return self.protection not in ("none", "")
+
+    @property
+    def protects(self) -> bool:
+        """Whether less leakage speaks for it: not of a training that is hijacked, and that a detector watches."""
+        return self.records[0].experiment not in WATCHED
+
+    def undertrained(self, family: str | None = None) -> bool:
+        """Return whether in some trial each attack, or each of a family, did worse than who saw nothing.
+
+        Leakage of 0 then tells of the attacker's training, and of no protection.
+        """
+        for record in self.records:
+            found = [leak.standing for leak in record.leakage if family in (None, leak.family)]
+            if found and set(found) == {UNDERTRAINED}:
+                return True
+        return False
 
     @property
     def comparable(self) -> bool:
@@ -190,10 +207,11 @@ def families(points: Iterable[Point]) -> list[str]:
 def marks(points: Iterable[Point], metric: str | None) -> dict[Setting, list[Mark]]:
     """Return, by setting, the points that have both a utility ``metric`` and a leakage.
 
-    None where some are not comparable: a front over mechanisms that protect different things would mislead.
+    None where some are not comparable: a front over mechanisms that protect different things would mislead. Points
+    that are no protections are left out.
     """
     found: dict[Setting, list[Mark]] = {}
-    points = list(points)
+    points = [point for point in points if point.protects]
     for point in points if all(point.comparable for point in points) else ():
         utility, leakage = None if metric is None else point.utility(metric), point.worst
         if utility is not None and leakage is not None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from experiments.figures import count, number, ratio, seconds, spread
+from experiments.record import UNDERTRAINED
 from experiments.summary import Point, Spread, families, marks, pareto_front, utility_metric
 
 __all__ = [
@@ -59,9 +60,9 @@ def _results_table(points: Sequence[Point]) -> Table:
     for point in points:
         row = [*_head(point, points), str(len(point.seeds)), *(spread(point.utility(metric)) for metric in first)]
         if mixed:
-            row += [spread(point.leakage(family)) for family in kinds]
+            row += [spread(point.leakage(family)) + _doubt(point.undertrained(family)) for family in kinds]
         elif attacked:
-            row += [spread(point.worst), point.attacks[0] if point.attacks else "—"]
+            row += [spread(point.worst) + _doubt(point.undertrained()), point.attacks[0] if point.attacks else "—"]
         row += [spread(_epsilon(point)), spread(point.claimed("epsilon_lower"))] if proved else []
         rows.append((*row, *(spread(point.utility(metric)) for metric in further)))
     strong = frozenset(number for number, point in enumerate(points) if point in front)
@@ -200,7 +201,7 @@ def _leakage_table(points: Sequence[Point], family: str) -> Table:
     caption = (
         f"Attacks on {family}. Advantage: 0 is what an attacker who saw nothing reaches, 1 is everything. "
         "Metrics are means over samples, or medians where it says so; baseline is the best mean of such an attacker. "
-        "An attack that is UNDERTRAINED does worse than who saw nothing: no defense has been shown to work there. "
+        f"An attack that is {UNDERTRAINED} does worse than who saw nothing: no defense has been shown to work there. "
         "results.csv holds further quantiles."
     )
     return Table(caption, tuple(columns), tuple(rows), len(_heads(points)) + 1)
@@ -230,6 +231,10 @@ def _base(point: Point, points: Sequence[Point], figure: Callable[[Point], Sprea
 
 def _epsilon(point: Point) -> Spread | None:
     return Spread.of(record.epsilon for record in point.records if record.epsilon is not None)
+
+
+def _doubt(undertrained: bool) -> str:
+    return f" ({UNDERTRAINED})" if undertrained else ""
 
 
 def _mean(found: Spread | None, show: Callable[[float], str]) -> str:

@@ -1,11 +1,13 @@
 """How much leaks, what protects, and what that costs: every protection at every strength against every attack."""
 
-import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
@@ -28,7 +30,10 @@ from splitlearn.cut import cut
 from splitlearn.data import DATASETS, Dataset, Splits
 from splitlearn.train import evaluate
 
-__all__ = ["TRADEOFF", "Config"]
+__all__ = ["TRADEOFF", "Config", "check_auxiliary"]
+
+CHANNELS = 4  # of layers that are built once, to see whether they can be
+LEAST_AUXILIARY = 16  # samples, of which an attack's networks train on some and are judged on others
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,7 @@ class Trial:
             "releases": self.releases,
             "protection": {"name": self.protection, "strength": self.strength, "guard": repr(shield.guard)}
             | ({"codec": shield.codec.name} if shield.codec else {}),
-            "attacks": {
-                # as built for seed 0, so that trials that differ by their seed alone are seen to do so
-                name: {member: _told(one) for member, one in ATTACKS[name].build(replace(aim, seed=0)).items()}
-                for name in self.attacks
-            },
+            "attacks": {name: ATTACKS[name].described(aim) for name in self.attacks},
         }
 
 
@@ -110,6 +111,9 @@ def tasks(config: Config, options: Options, *, name: str = "tradeoff") -> list[T
         find("attack", attack, ATTACKS)
     for protocol in config.protocols:
         find("protocol", protocol, PROTOCOLS)
+    for option in ("protocols", "cuts", "protections"):
+        if not getattr(config, option):
+            raise ValueError(f"expected at least one of --{option}, got none; leave the option out for the default")
     protections = [pair for spec in config.protections for pair in _strengths(spec)]
     if config.releases < 1:
         raise ValueError(f"expected --releases of 1 or more, got {config.releases}")
@@ -118,6 +122,7 @@ def tasks(config: Config, options: Options, *, name: str = "tradeoff") -> list[T
     # Absent or damaged data ends here, before any work.
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
     _check_inputs(config, protections, splits.private)
+    check_auxiliary(config.attacks, sizes[1])
     most = len(splits.private) // config.clients if config.clients > 0 else 0
     _check_seats(config)
     if config.attacks and not 1 <= config.targets <= most:
@@ -139,7 +144,8 @@ def tasks(config: Config, options: Options, *, name: str = "tradeoff") -> list[T
                     spec = f"{protection}:{strength}" if strength else protection
                     alone = replace(config, protocols=(protocol,), cuts=(place,), protections=(spec,))
                     command = reproduction(name, alone, data=options.data, device=device, seed=seed)
-                    found.append(_task(name, trial, command, aim_of(splits, seed, cut_at=place), options.data_dir))
+                    aim = aim_of(splits, seed, cut_at=place, shield=trial.shield())
+                    found.append(_task(name, trial, command, aim, options.data_dir))
     return found
 
 
@@ -176,18 +182,16 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     )  # fmt: skip
 
 
-def _told(attack: Any) -> str:
-    """Return an attack's settings as text, without where in memory a function of them lies."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(attack))
-
-
 def _strengths(spec: str) -> list[tuple[str, str]]:
     """Return (protection, strength) for ``name`` (all its strengths) or ``name:strength``."""
     name, _, strength = spec.partition(":")
     protection = find("protection", name, PROTECTIONS)
     strengths = (strength,) if strength else protection.strengths
-    for one in strengths:
-        protection.build(one)  # a strength that it cannot have is an error now, not in the middle
+    for one in strengths:  # a strength that it cannot have is an error now, not in the middle
+        shield = protection.build(one)
+        if shield.layers is not None:
+            with torch.random.fork_rng(devices=[]):
+                shield.layers(CHANNELS)
     return [(name, one) for one in strengths]
 
 
@@ -226,6 +230,23 @@ def _check_seats(config: Config) -> None:
         raise ValueError(
             f"expected protocols of one client whose server {', '.join(inside)} can replace, of {fits}, got "
             f"{', '.join(closed) or f'{config.clients} clients'}; leave these attacks out, or use --clients 1"
+        )
+    blind = [name for name in config.protocols if not PROTOCOLS[name].labels_cross]
+    labelled = [name for name in config.attacks if ATTACKS[name].needs_labels]
+    if blind and labelled:
+        raise ValueError(
+            f"expected protocols whose client sends the labels that {', '.join(labelled)} needs, as in vanilla, got "
+            f"{', '.join(blind)}; leave these attacks out"
+        )
+
+
+def check_auxiliary(attacks: Iterable[str], auxiliary: int) -> None:
+    """Refuse attacks that train on samples of their own where there are too few of these."""
+    needy = [name for name in attacks if ATTACKS[name].threat.auxiliary]
+    if needy and auxiliary < LEAST_AUXILIARY:
+        raise ValueError(
+            f"expected --auxiliary of {LEAST_AUXILIARY} or more for {', '.join(needy)}, got {auxiliary}; 0 takes the "
+            "data set's usual number"
         )
 
 

@@ -21,11 +21,11 @@ from attacks.gradients import (
     seen_updates,
 )
 from experiments.experiment import Options, reproduction
-from experiments.parts import Aim
+from experiments.parts import Aim, told
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.scoring import aim_of, scored, shown
-from experiments.training import Training, build_model, described, load_splits
+from experiments.training import Training, build_model, depths, described, load_splits
 from splitlearn.cut import cut
 from splitlearn.data import Splits
 from splitlearn.federation import Member, RemoteMember, fedavg_round, splitfed_v1_round
@@ -41,7 +41,6 @@ __all__ = ["UPDATE_ATTACKS", "update_tasks"]
 LR = 0.1  # of the members' step; public
 UPDATES = Threat(name="honest-but-curious fed server", sees=frozenset({Kind.WEIGHTS, Kind.UPDATE, Kind.COUNT}))
 HIDDEN = 32  # units of the small net
-DEEP = "relu3"  # the bottom whose gradient SplitFed's fed server is given
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ UPDATE_ATTACKS: dict[str, UpdateAttack] = {
         lambda model, aim: InvertingGradients(model, SEEN, aim.shape, bounds=aim.bounds, seed=aim.seed),
     ),
     "bottom_gradient": UpdateAttack(
-        f"SplitFed's fed server alone: the bottom's gradient, that at the cut unknown (below {DEEP})",
+        "SplitFed's fed server alone: the bottom's gradient, that at the cut unknown (at the deepest of three cuts)",
         "cnn",
         lambda model, aim: BottomGradientMatching(model, SEEN, aim.shape, bounds=aim.bounds, seed=aim.seed, restarts=2),
         below=True,
@@ -102,23 +101,37 @@ class Trial:
     attacks: tuple[str, ...]
     targets: int
 
-    def described(self) -> dict[str, Any]:
-        """Return the full configuration: every setting that the result depends on."""
+    def described(self, splits: Splits) -> dict[str, Any]:
+        """Return the full configuration: every setting that the result depends on, those of the attacks included."""
+        aim = aim_of(splits, 0)
         return {
             **described(self.data, self.sizes, self.training),
             "lr": LR,
             "targets": self.targets,
-            "attacks": {name: UPDATE_ATTACKS[name].summary for name in self.attacks},
+            "attacks": {
+                name: _described(UPDATE_ATTACKS[name], splits, self.training.cut, aim) for name in self.attacks
+            },
         }
 
 
 def update_tasks(name: str, config: Any, options: Options, *, sizes: tuple[int, int, int]) -> list[Task]:
-    """Return a task for each protocol whose fed server reads updates, and seed. ``config`` has the attacks' names."""
+    """Return a task for each protocol whose fed server reads updates, and seed. ``config`` has the attacks' names.
+
+    The fed server of SplitFed is given the gradient of the bottom below the deepest of the usual cuts.
+    """
+    if not config.update_attacks:
+        return []
+    splits = load_splits(options.data, options.data_dir, sizes=sizes)
+    if not splits.private.x.is_floating_point():
+        raise ValueError(
+            f"expected inputs that are numbers for {', '.join(config.update_attacks)}, got {options.data}, which holds "
+            "tokens; use --update-attacks ''"
+        )
     found = []
     for protocol, below in (("fedavg", False), ("splitfed_v1", True)):
         chosen = tuple(one for one in config.update_attacks if UPDATE_ATTACKS[one].below is below)
         for seed in options.seeds if chosen else ():
-            place = DEEP if below else ""
+            place = depths(splits)[-1] if below else ""
             training = Training(protocol=protocol, cut=place, epochs=1, batch_size=1, optimizer="sgd", lr=LR, seed=seed)
             trial = Trial(options.data, sizes, training, chosen, config.update_targets)
             alone = replace(config, attacks=(), update_attacks=chosen)
@@ -127,7 +140,8 @@ def update_tasks(name: str, config: Any, options: Options, *, sizes: tuple[int, 
                 "seed": seed, "data": options.data, "protocol": protocol, "cut": place, "protection": "none",
                 "strength": "",
             }  # fmt: skip
-            found.append(Task(name, trial.described(), command, labels, partial(run_trial, trial, options.data_dir)))
+            call = partial(run_trial, trial, options.data_dir)
+            found.append(Task(name, trial.described(splits), command, labels, call))
     return found
 
 
@@ -178,6 +192,13 @@ def _round(model: nn.Sequential, x: Tensor, y: Tensor, *, place: str) -> tuple[n
     else:
         splitfed_v1_round(remote, sessions, everywhere, main)
     return known, observe(*records, threat=UPDATES)
+
+
+def _described(attack: UpdateAttack, splits: Splits, place: str, aim: Aim) -> dict[str, Any]:
+    """Return what an attack's result depends on: its settings, and the net whose updates it reads, as for seed 0."""
+    model = _net(attack, splits, seed=0)
+    built = attack.build(cut(model, place)[0] if place else model, aim)
+    return {"net": attack.net, "below": attack.below, "labels": attack.labels, "settings": told(built)}
 
 
 def _sgd(stage: nn.Module) -> torch.optim.Optimizer:

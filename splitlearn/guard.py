@@ -14,8 +14,8 @@ class Guard:
 
     ``activation`` and ``penalty`` run inside the graph, so that training goes through them; one that cannot be
     differentiated defines its own straight-through gradient. Randomness comes from torch's global generator,
-    which a ``Learner`` swaps for its own. Evaluation calls ``activation`` too, without gradient: a guard that
-    keeps a state moves it only where ``torch.is_grad_enabled()``.
+    which a ``Learner`` swaps for its own. Evaluation calls ``prediction``, without gradient, which is
+    ``activation`` until overridden: a guard that keeps a state moves it only where ``torch.is_grad_enabled()``.
     """
 
     def __repr__(self) -> str:

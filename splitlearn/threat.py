@@ -69,7 +69,7 @@ class Threat:
 
 
 class Encoder(nn.Module):
-    """The victim's path from an input to what the other side reads: stage, guard, codec; frozen, in evaluation mode.
+    """The victim's path from an input to what crosses of a prediction: stage, guard, codec; frozen, in evaluation mode.
 
     It is a copy, which later training does not move, and stays in evaluation mode inside a module that trains. It is
     differentiable in its input (codecs by the identity), so that an adaptive attack can train through the
@@ -92,7 +92,7 @@ class Encoder(nn.Module):
         return sent[0] if self.releases == 1 else torch.stack(sent).mean(0)
 
     def _released(self, z: Tensor) -> Tensor:
-        z = self.guard.activation(z)
+        z = self.guard.prediction(z)
         return z if self.codec is None or Kind.ACTIVATION not in self.codec.kinds else through(self.codec, z)
 
     def train(self, mode: bool = True) -> Self:
@@ -109,6 +109,13 @@ class Grants:
     auxiliary_y: Tensor | None = None
     own_x: Tensor | None = None  # the inputs [N, …] of what crossed, in that order
     y: Tensor | None = None  # the labels [N] of what crossed, in that order, of which hints are taken
+
+    def __post_init__(self) -> None:
+        if not (self.encoder is None or isinstance(self.encoder, Encoder)):
+            raise ValueError(
+                f"expected an Encoder, got {type(self.encoder).__name__}; pass Encoder(stage, guard, codec), the whole "
+                "path of what crosses"
+            )
 
 
 @dataclass(frozen=True)

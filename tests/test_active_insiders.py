@@ -7,20 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attacks.inversion.fsha import FSHA, FSHAProperty
 from attacks.inversion.networks import Convolutional
 from attacks.inversion.splitspy import SplitSpy, Spy
 from attacks.inversion.urvfl import URVFL
-from defenses.nopeek import NoPeek
+from defenses import Dropout, NoPeek, TopKActivations
 from splitlearn import Grants, Guard, Kind, Learner, Party, Threat, View, cut, granted, observe, u_shaped, vanilla, wire
-from splitlearn.data import load, split
+from splitlearn.data import Splits, load, split, standardise
 from splitlearn.metrics import LeakageScore, accuracy, score_reconstruction
 from splitlearn.models import digits_cnn
 
 EVERYTHING = Threat("malicious server", auxiliary=True, auxiliary_labels=True)
 PARTS = split(load("digits"), private=800, auxiliary=600, test=397, seed=0)
+TABLE = standardise(split(load("breast_cancer"), private=300, auxiliary=169, test=100, seed=0))
 TINY: dict[str, Any] = {"network": Convolutional(4, 0), "batch_size": 16}
 
 ATTACKS = [
@@ -30,13 +31,17 @@ ATTACKS = [
 ]
 
 
-def knowing(threat: Threat = EVERYTHING, *, labels: Tensor = PARTS.auxiliary.y) -> View:
-    return granted(threat, Grants(None, PARTS.auxiliary.x, labels))
+def table_mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(30, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 2))
+
+
+def knowing(threat: Threat = EVERYTHING, *, parts: Splits = PARTS, labels: Tensor | None = None) -> View:
+    return granted(threat, Grants(None, parts.auxiliary.x, parts.auxiliary.y if labels is None else labels))
 
 
 @dataclass
 class Run:
-    """A digits client, honest in all that it does, and a server in whose place an attack may sit."""
+    """A client, honest in all that it does, and a server in whose place an attack may sit; of digits, or as told."""
 
     place: str = "relu2"
     attack: Any = None
@@ -45,26 +50,28 @@ class Run:
     false_labels: float = 0.0  # how often a batch is sent with labels drawn at random, and not trained on
     view: View | None = None
     lr: float = 1e-3
+    parts: Splits = PARTS
+    model: Callable[[], nn.Sequential] = digits_cnn
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
-        bottom, top = cut(digits_cnn(), self.place)
+        bottom, top = cut(self.model(), self.place)
         adam = torch.optim.Adam
         self.client = Learner("client", bottom, adam(bottom.parameters(), self.lr), self.guard, seed=self.seed)
         self.server = Learner("server", top, adam(top.parameters(), 1e-3), seed=self.seed)
         self.insider: Any = self.server
         if self.attack is not None:
-            self.insider = self.attack.insider(self.server, self.view or knowing())
+            self.insider = self.attack.insider(self.server, self.view or knowing(parts=self.parts))
         self.draw = torch.Generator().manual_seed(self.seed)
         self.losses: list[float] = []
         self.gaps: list[float] = []  # the Gradients Scrutinizer's, a batch
         self.piles: dict[bool, list[Tensor]] = {True: [], False: []}  # first-layer gradients, of false labels and true
 
     def train(self, steps: int, *, batch_size: int = 64) -> "Run":
-        weight = next(self.client.stage.parameters())
+        weight, private = next(self.client.stage.parameters()), self.parts.private
         for _ in range(steps):
-            rows = torch.randperm(len(PARTS.private.x), generator=self.draw)[:batch_size]
-            x, y = PARTS.private.x[rows], PARTS.private.y[rows]
+            rows = torch.randperm(len(private.x), generator=self.draw)[:batch_size]
+            x, y = private.x[rows], private.y[rows]
             false = torch.rand((), generator=self.draw).item() < self.false_labels
             if false:
                 y = (y + torch.randint(1, 10, y.shape, generator=self.draw)) % 10
@@ -86,9 +93,9 @@ class Run:
         return observe(carried.record, threat=threat)
 
     def score(self, z: Tensor | None = None, *, num: int = 128) -> LeakageScore:
-        x = PARTS.private.x[:num]
+        x = self.parts.private.x[:num]
         found = self.insider(self.seen(self.client.predict(x) if z is None else z))
-        return score_reconstruction(x, found.x_hat, auxiliary_x=PARTS.auxiliary.x)
+        return score_reconstruction(x, found.x_hat, auxiliary_x=self.parts.auxiliary.x)
 
 
 def scrutinizer_gap(g: Tensor, y: Tensor) -> float:
@@ -163,6 +170,50 @@ def test_the_scrutinizer_sees_fsha(hijacked: Run) -> None:
     honest = Run("relu1").train(60)
     assert sum(hijacked.gaps[:100]) / 100 < 0.01  # later some more, as the critic learns
     assert sum(honest.gaps[-20:]) / 20 > 0.25
+
+
+# On a table an autoencoder is learned; a client of dense layers matches it in distribution alone, unless labels help.
+@pytest.mark.parametrize(
+    ("attack", "steps", "advantage"),
+    [
+        pytest.param(FSHA(bounds=None, lr=3e-3), 120, 0.0, id="FSHA"),
+        pytest.param(FSHAProperty(classes=2, bounds=None, lr=3e-3), 120, 0.0, id="FSHAProperty"),
+        pytest.param(SplitSpy(FSHA(bounds=None, lr=3e-3)), 120, 0.0, id="SplitSpy"),
+        pytest.param(URVFL(classes=2, bounds=None, lr=3e-3, label_weight=3.0), 300, 0.05, id="URVFL"),
+    ],
+)
+def test_columns_of_a_table(attack: Any, steps: int, advantage: float) -> None:
+    run = Run("1", attack, parts=TABLE, model=table_mlp, lr=5e-3).train(steps, batch_size=32)
+    found = run.insider(run.seen(run.client.predict(TABLE.private.x[:4])))
+    assert found.x_hat.shape == (4, 30)
+    assert found.evidence["auxiliary_mse"] < 0.35 * found.evidence["auxiliary_mse_mean_image"]
+    assert run.score().advantage >= advantage
+
+
+class Masked(Guard):
+    """Sends every second channel alone."""
+
+    def activation(self, z: Tensor) -> Tensor:
+        kept = torch.ones_like(z)
+        kept[:, ::2] = 0
+        return z * kept
+
+
+def test_a_guard_that_is_known_is_put_behind_the_pilot() -> None:
+    run = Run(attack=FSHA(**TINY, guard=Masked()), guard=Masked()).train(1)
+    plain, x = run.insider.pilot[0], PARTS.auxiliary.x[:4]
+    assert torch.equal(run.insider.pilot(x), Masked().activation(plain(x)))
+    assert run.insider(run.seen(run.client.predict(x))).x_hat.shape == x.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guard", [Dropout(0.6), TopKActivations(0.1)], ids=["dropout", "top_k"])
+def test_who_knows_the_guard_rebuilds_more(guard: Guard) -> None:
+    plain, through = (
+        Run(attack=FSHA(guard=known), guard=guard).train(1000).score().advantage for known in (Guard(), guard)
+    )
+    assert through > 0.7
+    assert plain < 0.55
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -338,6 +389,10 @@ def test_splitspy_answers_honestly_until_its_shadow_can_judge_and_wherever_label
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (lambda: FSHA(bounds=(1.0, 1.0)), "expected bounds"),
+        (lambda: Run("1", FSHA(), parts=TABLE, model=table_mlp), "pass bounds=None"),
+        (lambda: FSHA()(knowing()), "put insider"),
+        (lambda: SplitSpy()(knowing()), "put insider"),
         (lambda: FSHA(lr=0.0), "learning rates"),
         (lambda: FSHA(penalty=-1.0), "a penalty of 0 or more"),
         (lambda: FSHA(batch_size=0), "at least one sample"),

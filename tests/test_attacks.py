@@ -222,7 +222,9 @@ def test_other_inputs_are_rebuilt_too_and_without_bounds(shape, make_stage):
 
 
 def test_a_family_has_members_of_several_sizes_for_every_input():
-    assert all(len(decoder_family(shape)) == 3 for shape in [(30,), (1, 128), (3, 32, 32)])
+    assert all(len(decoder_family(shape)) == 3 for shape in [(30,), (1, 128), (3, 32, 32), (1, 4, 4, 4)])
+    volumes = decoder_family((1, 4, 4, 4)).values()
+    assert all(one.network.build((5,), (1, 4, 4, 4))(torch.rand(2, 5)).shape == (2, 1, 4, 4, 4) for one in volumes)
     assert all(attack.seed == 5 for attack in decoder_family((30,), seed=5).values())
 
 
@@ -256,6 +258,8 @@ def test_gaussian_prior_against_the_inverse_covariance():
         (lambda: Decoder(Dense(), epochs=0), "at least one epoch"),
         (lambda: Decoder(Dense(), lr=float("nan")), "lr > 0"),
         (lambda: Convolutional().build((5,), (30,)), "use Dense"),
+        (lambda: Decoder(Dense(), bounds=(1.0, 0.0)), "expected bounds"),
+        (lambda: MaximumLikelihood(bounds=(0.0, float("nan"))), "expected bounds"),
         (lambda: Dense(width=0), "width"),
         (lambda: Convolutional(depth=-1), "depth"),
     ],
@@ -270,6 +274,34 @@ def test_too_few_auxiliary_samples(victim):
     for attack in (MaximumLikelihood(), Decoder(Dense())):
         with pytest.raises(ValueError, match="at least 8 auxiliary samples"):
             attack(view)
+
+
+def test_auxiliary_samples_that_cannot_be_right_are_told_of(victim):
+    z, good = victim.client.predict(victim.parts.private.x[:4]), victim.parts.auxiliary.x
+    for x, says in [
+        (3 * good - 1, r"within the bounds \(0.0, 1.0\), got values from -1 to 2; pass bounds=None"),
+        (good / 0, "finite"),
+        (good[:, 0, 0, 0], "got \\(600,\\)"),
+        (good.long(), "floating-point"),
+        (good.numpy(), "got ndarray"),
+    ]:
+        victim.wire.record.clear()
+        victim.wire.party.predict(z)
+        view = observe(victim.wire.record, threat=EVERYTHING, grants=Grants(Encoder(victim.bottom), x))
+        for attack in (MaximumLikelihood(), Decoder(Dense())):
+            with pytest.raises(ValueError, match=says):
+                attack(view)
+
+
+def test_inputs_far_from_the_bounds_are_rebuilt_once_the_bounds_are_said():
+    torch.manual_seed(0)
+    x = torch.randn(216, 6, generator=torch.Generator().manual_seed(0))
+    view = _linear_view(x, nn.Linear(6, 12))
+    for attack in (MaximumLikelihood(), Decoder(Dense())):
+        with pytest.raises(ValueError, match="bounds"):
+            attack(view)
+        found = replace(attack, bounds=(-5.0, 5.0))(view)
+        assert score_reconstruction(x[:16], found.x_hat, auxiliary_x=x[16:]).advantage > 0.7
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def tiny(monkeypatch, tmp_path):
     catalogue.EXPERIMENTS = {"tiny": Experiment("tiny", "What does noise cost?", Config, tasks)}
     for kind in ("PROTOCOLS", "ATTACKS", "PROTECTIONS", "DETECTORS", "MECHANISMS"):
         setattr(catalogue, kind, {"some": SimpleNamespace(summary=f"one of the {kind.lower()}")})
-    catalogue.BUILT_ATTACKS = catalogue.UPDATE_ATTACKS = {}
+    catalogue.BUILT_ATTACKS = catalogue.UPDATE_ATTACKS = catalogue.LABEL_ATTACKS = catalogue.LABEL_PROTECTIONS = {}
     catalogue.BENCHES = {"speed": SimpleNamespace(summary="how fast", run=measure)}
     monkeypatch.setitem(sys.modules, "experiments.catalogue", catalogue)
     monkeypatch.delenv("SPLITLEARN_DATA", raising=False)
@@ -119,6 +119,8 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
         BUILT_ATTACKS,
         DETECTORS,
         EXPERIMENTS,
+        LABEL_ATTACKS,
+        LABEL_PROTECTIONS,
         MECHANISMS,
         PROTECTIONS,
         PROTOCOLS,
@@ -132,6 +134,8 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
         PROTOCOLS,
         ATTACKS,
         UPDATE_ATTACKS,
+        LABEL_ATTACKS,
+        LABEL_PROTECTIONS,
         BUILT_ATTACKS,
         PROTECTIONS,
         DETECTORS,

@@ -400,6 +400,7 @@ def test_a_decoder_fits_its_shapes(z_shape: tuple[int, ...], x_shape: tuple[int,
         (lambda: Dropout(nan), "rate of at least 0"),
         (lambda: Quantised(0), "whole bits from 1 to 16, got 0"),
         (lambda: Quantised(2.5), "whole bits"),  # type: ignore[arg-type]
+        (lambda: Quantised(True), "whole bits from 1 to 16, got True"),
         (lambda: TopKActivations(0.0), r"in \(0, 1\], got 0.0"),
         (lambda: PatchShuffle(1.5), r"in \[0, 1\], got 1.5"),
         (lambda: PatchShuffle().activation(torch.ones(2, 3, 4, 4)), "cut a token model"),
@@ -416,6 +417,9 @@ def test_a_decoder_fits_its_shapes(z_shape: tuple[int, ...], x_shape: tuple[int,
         (lambda: LearnedNoise(torch.ones(3)), "see learn_noise"),
         (lambda: learn_noise(nn.Identity(), nn.Identity(), torch.ones(2, 2), torch.ones(2), num=0), "one tensor"),
         (lambda: narrowed(nn.Sequential(), nn.Sequential(), 4, 0), "at least one channel at the cut"),
+        (lambda: narrowed(nn.Sequential(nn.Linear(30, 64), nn.ReLU()), nn.Sequential(), 64), "that ends in Linear"),
+        (lambda: narrowed(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()), nn.Sequential(), 4), "ends in Flatten"),
+        (lambda: narrowed(nn.Sequential(nn.Conv2d(1, 4, 3)), nn.Sequential(), 8), "images of 8 channels, got one"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_one_clear_line(wrong: Callable[[], object], match: str) -> None:

@@ -29,6 +29,7 @@ from splitlearn import (
     granted,
     load_checkpoint,
     save_checkpoint,
+    u_shaped,
     vanilla,
 )  # fmt: skip
 from splitlearn.data import Splits, load, split
@@ -375,11 +376,31 @@ def test_bad_settings_say_what_is_expected() -> None:
             make()
     with pytest.raises(ValueError, match=r"labels from 0 to 4, got torch.int64 .*num_classes"):
         world.train(SplitGuard(world.client, num_classes=5), epochs=1)
-    world.client.abandon()
-    detector = scrutinizer(world)
-    g = torch.zeros_like(detector.forward(world.x[:8]))
-    with pytest.raises(ValueError, match="sends its labels"):
-        detector.backward(g)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_in_the_u_shape_detectors_that_go_by_labels_say_so(make: Callable[..., Detector]) -> None:
+    world = World()
+    middle, head = cut(world.top, 2)
+    detector = make(world, **({"epochs": 1} if make is splitout else {}))
+    parties = [Learner(name, stage, adam(stage.parameters()), seed=0) for name, stage in (("s", middle), ("h", head))]
+    step = partial(u_shaped, detector, *parties)
+    if detector.needs_labels:
+        with pytest.raises(ValueError, match="client: expected a step in which the client sends its labels") as caught:
+            step(world.x[:32], world.y[:32])
+        assert "\n" not in str(caught.value)
+        return
+    fit(epochs_of(step, world.batches), epochs=1)
+    assert len(detector.scores) == 25 - 9
+
+
+def test_a_detector_is_ready_once_its_policy_can_tell() -> None:
+    world = World()
+    detector = scrutinizer(world, policy=Average(3))
+    for count, (x, y) in zip(range(1, 5), world.batches, strict=False):
+        assert not detector.ready or count > 3
+        vanilla(detector, world.server, x, y)
+    assert detector.ready
 
 
 def test_the_first_gradient_is_of_the_first_parameter_that_is_trained() -> None:

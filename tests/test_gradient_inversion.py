@@ -423,6 +423,30 @@ def test_what_an_attack_cannot_invert_is_said() -> None:
         UpdateLabels(model, still)(fedavg(model, *private(1, model)))
 
 
+@pytest.mark.parametrize("make", [AnalyticInversion, DLG, IDLG, BottomGradientMatching, InvertingGradients])
+def test_a_wrong_shape_and_no_update_are_one_clear_line(make: type) -> None:
+    model = dense()
+    view = fedavg(model, *private(1, model))
+    with pytest.raises(
+        ValueError, match=r"expected .* got .*\(1, 7, 8\).* input_shape|input_shape of \(1, 7, 8\)"
+    ) as caught:
+        make(model, ROUNDS, (1, 7, 8))(view)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(LookupError, match="expected at least one update in the view, got none"):
+        make(model, lambda view: [], SHAPE)(view)
+    with pytest.raises(LookupError, match="expected at least one update"):
+        UpdateLabels(model, lambda view: [])(view)
+
+
+def test_a_bias_is_that_of_the_same_layer() -> None:
+    layers = [nn.Flatten(), nn.Linear(64, 32, bias=False), nn.LayerNorm(32), nn.Tanh(), nn.Linear(32, 10)]
+    model = nn.Sequential(*layers).double()
+    with pytest.raises(
+        ValueError, match=r"first layer with a bias, got 1.weight .* 2.weight of shape \(32,\); use DLG"
+    ):
+        AnalyticInversion(model, ROUNDS, SHAPE)(fedavg(model, *private(1, model)))
+
+
 def test_two_classes_without_a_bias_look_alike() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2, bias=False)).double()
     x, _ = private(1, model)

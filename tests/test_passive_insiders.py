@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from attacks.inversion.sdar import SDAR
 from splitlearn import (
     Batches,
     Grants,
+    Guard,
     Kind,
     Learner,
     Party,
@@ -27,12 +29,13 @@ from splitlearn import (
     vanilla,
     wire,
 )  # fmt: skip
-from splitlearn.data import load, split
+from splitlearn.data import Splits, load, split, standardise
 from splitlearn.metrics import LeakageScore, score_reconstruction
 from splitlearn.models import digits_cnn
 
 LABELLED = Threat(auxiliary=True, auxiliary_labels=True)
 PARTS = split(load("digits"), private=800, auxiliary=600, test=397, seed=0)
+TABLE = standardise(split(load("breast_cancer"), private=300, auxiliary=169, test=100, seed=0))
 
 # One row an attack, at toy size: name, attack, cut, training steps, and the MSE it then stays below.
 ATTACKS = [
@@ -44,12 +47,20 @@ BY_NAME = [pytest.param(attack, id=name) for name, attack, *_ in ATTACKS]
 Attack = SDAR | PCAT
 
 
-def known(threat: Threat = LABELLED, num: int = 600) -> View:
-    return granted(threat, Grants(auxiliary_x=PARTS.auxiliary.x[:num], auxiliary_y=PARTS.auxiliary.y[:num]))
+def known(threat: Threat = LABELLED, num: int = 600, parts: Splits = PARTS) -> View:
+    return granted(threat, Grants(auxiliary_x=parts.auxiliary.x[:num], auxiliary_y=parts.auxiliary.y[:num]))
+
+
+def granting(*, x: Tensor = PARTS.auxiliary.x, y: Tensor = PARTS.auxiliary.y) -> View:
+    return granted(LABELLED, Grants(auxiliary_x=x, auxiliary_y=y))
+
+
+def table_mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(30, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 2))
 
 
 class Victim:
-    """A digits CNN in training, with an insider in the server's place; U-shaped where it is cut at two places."""
+    """A digits CNN, or what is asked for, in training with an insider in the server's place; U-shaped at two cuts."""
 
     def __init__(
         self,
@@ -59,18 +70,22 @@ class Victim:
         lr: float = 1e-3,
         seed: int = 0,
         view: View | None = None,
+        parts: Splits = PARTS,
+        guard: Guard | None = None,
     ):
         torch.manual_seed(seed)
+        self.parts = parts
         names = ["client", "server", "head"]
         self.parties = [
             Learner(name, stage, torch.optim.Adam(stage.parameters(), lr), seed=seed)
             for name, stage in zip(names, cut(model(), *places), strict=False)
         ]
         self.client, self.server = self.parties[:2]
-        self.insider = attack.insider(self.server, view or known()) if attack else None
+        self.client.guard = guard or Guard()
+        self.insider = attack.insider(self.server, view or known(parts=parts)) if attack else None
         parties: list[Party] = [self.client, self.insider or self.server, *self.parties[2:]]
         self.step = partial(u_shaped if len(places) > 1 else vanilla, *parties)
-        self.batches = Batches(PARTS.private.x, PARTS.private.y, batch_size=32, seed=seed)
+        self.batches = Batches(parts.private.x, parts.private.y, batch_size=32, seed=seed)
         self.losses: list[float] = []
 
     def trained(self, steps: int) -> "Victim":
@@ -82,15 +97,15 @@ class Victim:
         return self
 
     def sent(self, num: int = 200) -> Tensor:
-        return self.client.predict(PARTS.private.x[:num])
+        return self.client.predict(self.parts.private.x[:num])
 
     def found(self, z: Tensor) -> Reconstruction:
         assert self.insider is not None
         return self.insider(seen(z))
 
     def score(self, z: Tensor) -> LeakageScore:
-        x = PARTS.private.x[: len(z)]
-        return score_reconstruction(x, self.found(z).x_hat, auxiliary_x=PARTS.auxiliary.x)
+        x = self.parts.private.x[: len(z)]
+        return score_reconstruction(x, self.found(z).x_hat, auxiliary_x=self.parts.auxiliary.x)
 
 
 def seen(z: Tensor) -> View:
@@ -204,6 +219,61 @@ def test_in_the_u_shape_the_head_is_simulated_and_labels_are_found() -> None:
     assert (guessed == PARTS.private.y[:200]).double().mean() > 0.6
 
 
+@pytest.mark.parametrize(
+    ("attack", "advantage"),
+    [pytest.param(SDAR(bounds=None), 0.25, id="SDAR"), pytest.param(PCAT(bounds=None), 0.1, id="PCAT")],
+)
+def test_columns_of_a_table_are_rebuilt(attack: Attack, advantage: float) -> None:
+    victim = Victim(attack, "1", model=table_mlp, parts=TABLE).trained(200)
+    assert victim.score(victim.sent()).advantage > advantage
+    assert victim.found(victim.sent(3)).x_hat.shape == (3, 30)
+
+
+class Masked(Guard):
+    """Sends every second channel alone, and adds a penalty, the sum of squares."""
+
+    def activation(self, z: Tensor) -> Tensor:
+        kept = torch.ones_like(z)
+        kept[:, ::2] = 0
+        return z * kept
+
+    def penalty(self, x: Tensor, z: Tensor) -> Tensor | None:
+        return z.square().sum()
+
+
+@pytest.mark.parametrize("attack", [SDAR(guard=Masked()), PCAT(guard=Masked(), epochs=1)], ids=["SDAR", "PCAT"])
+def test_a_guard_that_is_known_is_simulated_with_its_penalty(attack: Attack) -> None:
+    insider: Any = Victim(attack, "relu1", guard=Masked()).trained(2).insider
+    x, y = insider.batch()
+    loss, made = insider.simulated(insider.top(), x, y)
+    z = insider.stage(x)
+    assert torch.equal(made, Masked().activation(z))
+    assert not made[:, ::2].any()
+    expected = torch.nn.functional.cross_entropy(insider.top()(made), y) + z.square().sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert not insider.made(x)[:, ::2].any()
+
+
+def test_what_it_trains_through_is_in_evaluation_mode() -> None:
+    insider: Any = Victim(SDAR(), "2", model=with_everything_that_could_differ).insider
+    assert insider.server.stage.training
+    assert not any(module.training for module in insider.top().modules())
+
+
+def test_it_is_not_checkpointed_and_its_settings_rebuild_nothing() -> None:
+    insider = Victim(PCAT(), "relu1").insider
+    assert insider is not None
+    with pytest.raises(ValueError, match="run it without checkpoint="):
+        insider.state_dict()
+    with pytest.raises(ValueError, match="can be checkpointed"):
+        insider.load_state_dict({})
+    insider.forward(torch.zeros(2, 16, 8, 8))
+    insider.abandon()
+    insider.server.state_dict()  # an error where a step is open
+    with pytest.raises(ValueError, match="put insider"):
+        PCAT()(known())
+
+
 def test_float64_is_kept() -> None:
     victim = Victim(SDAR(Dense(8, 1), batch_size=8), "relu1", model=lambda: digits_cnn().double())
     for x, y in list(victim.batches)[:2]:
@@ -224,6 +294,15 @@ def test_without_weights_there_are_no_critics_steps() -> None:
     [
         (lambda: PCAT(lr=0), "lr > 0"),
         (lambda: PCAT(steps_per_batch=0), "one step"),
+        (lambda: SDAR(bounds=(1.0, 0.0)), "expected bounds"),
+        (
+            lambda: Victim(SDAR(), "1", model=table_mlp, parts=TABLE),
+            r"within the bounds \(0.0, 1.0\), got values from -.*pass bounds=None",
+        ),
+        (lambda: Victim(PCAT(), "relu1", view=granting(y=PARTS.auxiliary.y - 1)), "labels from 0 up"),
+        (lambda: Victim(PCAT(), "relu1", view=granting(y=PARTS.auxiliary.y[:9])), "one class label"),
+        (lambda: Victim(PCAT(), "relu1", view=granting(y=PARTS.auxiliary.y + 3)).trained(1), "from 0 to 9"),
+        (lambda: Victim(PCAT(), "relu1", view=granting(x=PARTS.auxiliary.x / 0)), "finite"),
         (lambda: SDAR(batch_size=0), "one sample a batch"),
         (lambda: SDAR(decoder_lr=0), "learning rates > 0"),
         (lambda: SDAR(simulator_weight=-1), "weights of 0 or more"),

@@ -1,7 +1,7 @@
 """Passive attacks after the training: each reaches a stated score, and its baseline where the signal is destroyed."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from attacks.inversion.decoder import Decoder
-from attacks.inversion.fora import FORA, discrepancy
+from attacks.inversion.fora import FORA, _of_training, discrepancy
 from attacks.inversion.grn import GRN
 from attacks.inversion.latent import LatentSearch
 from attacks.inversion.networks import Dense
 from attacks.inversion.reconstruction import Inversion, Reconstruction
 from attacks.inversion.shadow import Shadow, imagined
 from attacks.inversion.unsplit import UnSplit
+from defenses import TopKActivations
 from splitlearn import (
     Batches,
     Encoder,
@@ -341,6 +342,8 @@ def test_what_has_another_shape_is_refused(victim: Victim, table: Table) -> None
     [
         (lambda: Shadow(nn.Identity(), inversions=()), "sample a batch and inversion"),
         (lambda: UnSplit(nn.Identity, (1,), clones=0), "at least one round"),
+        (lambda: UnSplit(nn.Identity, (1,), bounds=(1.0, 0.0)), "expected bounds"),
+        (lambda: FORA(bounds=(1.0, 0.0)), "expected bounds"),
         (lambda: FORA(share=2.0), "share"),
         (lambda: GRN(torch.zeros(2, 2), (0, 0), 3), "numbered once"),
         (lambda: GRN(torch.zeros(2, 2), (0, 1), 3, draws=0), "one draw"),
@@ -350,6 +353,54 @@ def test_what_has_another_shape_is_refused(victim: Victim, table: Table) -> None
 def test_settings_that_make_no_sense(make, says) -> None:
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_the_clone_of_unsplit_needs_weights_and_its_estimates_may_be_many(victim: Victim) -> None:
+    with pytest.raises(ValueError, match="a stage with weights"):
+        UnSplit(nn.Identity, (16, 8, 8))(victim.view(victim.activations(2), NOTHING))
+    many = torch.linspace(0, 0.5, 2**24 + 64)  # more than quantile() takes
+    scaled = UnSplit(victim.stage, (1,))._scaled(many)
+    assert scaled.min() == 0
+    assert scaled[int(0.985 * len(many))] < 1 == scaled[int(0.995 * len(many))]
+
+
+def test_fora_reads_the_training_of_a_u_shape_and_does_not_mix_releases(victim: Victim) -> None:
+    z, x = victim.activations(8), victim.parts.auxiliary
+    line = wire(Learner("middle", nn.Identity()))
+    sent = torch.rand(16, 16, 8, 8, requires_grad=True)
+    line.party.forward(sent)
+    line.party.backward(torch.zeros(16, 16, 8, 8))
+    line.party.predict(z)
+    (found,) = _of_training(observe(line.record, threat=UNLABELLED, grants=Grants(None, x.x)))
+    assert torch.equal(found, sent.detach())
+    line.party.predict(z)
+    twice = observe(line.record, threat=replace(UNLABELLED, releases=2), grants=Grants(None, x.x))
+    alone = wire(Learner("middle", nn.Identity()))
+    alone.party.predict(z)
+    once = observe(alone.record, threat=UNLABELLED, grants=Grants(None, x.x))
+    assert torch.equal(small_fora()(twice).x_hat, small_fora()(once).x_hat)  # training is left out, means are what is
+
+
+@pytest.mark.parametrize("name", ["shadow", "fora"])
+def test_a_guard_that_is_known_is_simulated(victim: Victim, name: str) -> None:
+    seen: list[View] = []
+
+    @dataclass(frozen=True)
+    class Looks:
+        bounds: None = None
+
+        def __call__(self, view: View) -> Reconstruction:
+            seen.append(view)
+            z = view.activations()
+            return Reconstruction(torch.zeros(len(z), 1, 8, 8), {"converged": 1.0})
+
+    quick: dict[str, Inversion] = {
+        "shadow": Shadow(victim.top, shadows=1, epochs=1, inversions=(Looks(),), guard=TopKActivations(0.1)),
+        "fora": FORA(Looks(), steps=2, guard=TopKActivations(0.1)),
+    }
+    quick[name](victim.view(victim.activations(4), LABELLED, num_auxiliary=60))
+    made = seen[0].query(victim.parts.auxiliary.x[:3])
+    assert (made != 0).flatten(1).sum(1).max() <= 0.1 * made[0].numel() + 1
 
 
 @pytest.mark.slow

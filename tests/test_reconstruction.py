@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import detection, reconstruction, tradeoff
+from defenses.detectors import SplitGuard
+from experiments import detection, reconstruction, tradeoff, updates
 from experiments.catalogue import ATTACKS, DETECTORS, EXPERIMENTS, PROTECTIONS
 from experiments.detection_plot import detection_table
 from experiments.experiment import Options
@@ -74,6 +75,60 @@ def test_the_same_trial_has_the_same_hash_in_another_process() -> None:
         assert "0x" not in str(task.config)
 
 
+def test_a_setting_that_decides_the_result_is_part_of_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    after = replace(TOY, attacks=("sdar",), update_attacks=("dlg", "bottom_gradient"))
+    watched = detection.Config(detectors=("splitguard", "splitout"), servers=("honest", "fsha"), targets=4)
+
+    def trials() -> list[str]:
+        return [task.trial for task in (*reconstruction.attack_tasks(after, ONCE), *detection.tasks(watched, ONCE))]
+
+    def changed(listing: dict[str, Any], name: str, **change: Any) -> list[int]:
+        with monkeypatch.context() as patch:
+            patch.setitem(listing, name, replace(listing[name], **change))
+            return [place for place, (a, b) in enumerate(zip(before, trials(), strict=True)) if a != b]
+
+    before = trials()  # sdar, fedavg, splitfed_v1; splitguard and splitout, each beside honest and fsha
+    assert before == trials()
+    fsha, dlg = ATTACKS["fsha"], UPDATE_ATTACKS["dlg"]
+    assert changed(ATTACKS, "sdar", steps=1501) == [0]
+    assert changed(ATTACKS, "sdar", threat=replace(ATTACKS["sdar"].threat, queries=True)) == [0]
+    gentler = {"build": lambda aim: {"fsha": replace(fsha.build(aim)["fsha"], gradient_scale=0.5)}}
+    assert changed(ATTACKS, "fsha", **gentler) == [4, 6]
+    assert changed(ATTACKS, "fsha", steps=7) == [4, 6]
+    longer = {"build": lambda model, aim: replace(dlg.build(model, aim), iterations=7)}
+    assert changed(UPDATE_ATTACKS, "dlg", **longer) == [1]
+    assert changed(UPDATE_ATTACKS, "dlg", net="cnn") == [1]
+    assert changed(UPDATE_ATTACKS, "dlg", summary="in other words") == []
+    assert changed(DETECTORS, "splitguard", kind=Sooner) == [3, 4]
+    assert changed(DETECTORS, "splitout", given=replace(DETECTORS["splitout"].given, part=2)) == [5, 6]  # type: ignore[type-var]
+    monkeypatch.setattr(updates, "HIDDEN", 33)
+    assert [a == b for a, b in zip(before, trials(), strict=True)] == [True, False, *[True] * 5]
+
+
+class Sooner(SplitGuard):
+    def __init__(self, learner: Any, *, num_classes: int, start: int = 5, seed: int | None = None):
+        super().__init__(learner, num_classes=num_classes, start=start, seed=seed)
+
+
+def test_the_fed_server_is_given_the_deepest_cut_that_there_is() -> None:
+    config = replace(TOY, attacks=(), update_attacks=("bottom_gradient",), update_targets=1, private=0, auxiliary=0)
+    (task,) = reconstruction.attack_tasks(config, Options(data="breast_cancer", seeds=(0,)))
+    (leak,) = task.call().leakage
+    assert leak.attack == "bottom_gradient"
+
+
+def test_nothing_to_do_is_said() -> None:
+    with pytest.raises(ValueError, match="expected at least one attack, got none: nothing to do"):
+        reconstruction.attack_tasks(replace(TOY, attacks=()), ONCE)
+
+
+def test_the_record_says_how_long_the_victim_trained_under_an_attack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ATTACKS, "sdar", replace(quick("sdar"), steps=6))
+    (task,) = reconstruction.attack_tasks(replace(TOY, attacks=("sdar",)), ONCE)
+    note = "sdar: the victim trained 8 steps (2 epochs) under it; utility is that of 1 epoch"
+    assert note in task.call().notes
+
+
 def test_depths_are_the_first_three_blocks_and_updates_have_trials_of_their_own() -> None:
     config = reconstruction.Attacks(attacks=("decoder",), targets=4)
     found = [(task.labels["protocol"], task.labels["cut"]) for task in reconstruction.attack_tasks(config, ONCE)]
@@ -131,6 +186,11 @@ def test_who_knows_the_architecture_knows_the_protection() -> None:
     plain = aim_of(splits, 0, cut_at="relu2").stage
     assert plain is not None
     assert len(plain()(splits.private.x[:1]).unique()) > 2
+    packed = aim_of(splits, 0, cut_at="relu2", shield=PROTECTIONS["compression"].build("0.1")).stage()
+    x = splits.private.x[:1].clone().requires_grad_()
+    z = packed(x)
+    assert 0 < int((z != 0).sum()) <= 0.1 * z.numel() + 1
+    assert torch.autograd.grad(z.sum(), x)[0].any()
 
 
 def test_a_shield_brings_layers_of_its_own() -> None:
@@ -159,6 +219,23 @@ def test_every_detector_watches_every_server(detector: str, server: str) -> None
     assert any(detector in note for note in outcome.notes)
 
 
+def test_too_few_batches_are_no_silence(tmp_path: Path) -> None:
+    config = detection.Config(
+        detectors=("scrutinizer",), servers=("honest",), epochs=1, private=64, targets=4, batch_size=16
+    )
+    store = Store(tmp_path)
+    run(detection.tasks(config, ONCE), store, jobs=1)
+    (record,) = store.records()
+    assert record.traces["ready"] == [0.0]
+    assert any("could not speak: 4 scores are too few for Average(count=10), in 4 batches" in n for n in record.notes)
+    table = detection_table(summarise([record]))
+    assert table is not None
+    assert table.rows[0][3:5] == ("0 of 0, 1 with too few batches", "too few batches")
+    page = build(tmp_path).read_text()
+    assert "A detector keeps nothing secret" in page
+    assert not (tmp_path / "tradeoff.png").exists()
+
+
 @pytest.mark.slow
 def test_the_scrutinizer_tells_honest_from_hijacked_and_the_report_says_so(tmp_path: Path) -> None:
     config = detection.Config(detectors=("scrutinizer",), servers=("honest", "fsha"), epochs=3, targets=4)
@@ -180,6 +257,10 @@ def test_the_scrutinizer_tells_honest_from_hijacked_and_the_report_says_so(tmp_p
     [
         ({"detectors": ("splitgard",)}, "no detector is named 'splitgard'"),
         ({"servers": ("decoder",)}, "no server is named 'decoder'"),
+        ({"detectors": ()}, "expected at least one of --detectors, got none: nothing to do"),
+        ({"servers": ()}, "expected at least one of --servers, got none: nothing to do"),
+        ({"private": 3, "targets": 3}, "expected --private of 4 or more for splitout, got 3"),
+        ({"auxiliary": 15}, "expected --auxiliary of 16 or more for fsha, .*got 15"),
         ({"targets": 0}, "--targets between 1 and"),
         ({"cut": "relu9"}, "expected the name of a layer"),
     ],

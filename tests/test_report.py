@@ -331,6 +331,51 @@ def test_the_summary_says_in_words_what_came_out(tmp_path):
     assert "The worst leak in one trial: 0.900, by decoder, unprotected." in words
 
 
+def undertrained(kept):
+    return kept.model_copy(
+        update={"leakage": [leak.model_copy(update={"details": {"undertrained": True}}) for leak in kept.leakage]}
+    )
+
+
+def test_leakage_of_untrained_attacks_is_marked_where_it_is_told(tmp_path):
+    store = Store(tmp_path)
+    for kept in (record(), undertrained(record("noise", "1", leakage=0.0)), record("noise", "2", leakage=0.0)):
+        store.save(kept)
+    points = summarise(store.records())
+    assert [point.undertrained() for point in points] == [False, True, False]
+    (results,) = results_tables(points)
+    assert [row[3] for row in results.rows] == ["0.500", "0 (UNDERTRAINED)", "0"]
+    (table,) = closing_tables(store.records())
+    assert [str(cell) for cell in table.columns[3].cells] == ["0.500", "0 †", "0"]
+    assert "† UNDERTRAINED attacks: worse than who saw nothing" in str(table.caption)
+    words = " ".join("".join(Page(build(tmp_path).read_text()).text).split())
+    assert "noise 1 (accuracy 0.900, leakage 0, by attacks UNDERTRAINED: not shown to protect)" in words
+    assert "noise 2 (accuracy 0.900, leakage 0)" in words
+
+
+def test_a_detector_is_no_protection(tmp_path):
+    store = Store(tmp_path)
+    for kept in (
+        record("splitout", "honest", utility=0.9).model_copy(update={"leakage": [], "experiment": "detection"}),
+        record("splitout", "fsha", utility=0.2, leakage=0.0, experiment="detection"),
+    ):
+        store.save(kept)
+    assert marks(summarise(store.records()), "accuracy") == {}
+    assert interactive_tradeoff(store.records()) is None
+    (results,) = results_tables(summarise(store.records()))
+    assert results.strong == frozenset()
+    (table,) = closing_tables(store.records())
+    assert not any("*" in str(cell) for cell in table.columns[0].cells)
+    words = " ".join("".join(Page(build(tmp_path).read_text()).text).split())
+    assert "A detector keeps nothing secret" in words
+    assert "Pareto" not in words
+    store.save(record())
+    panels = marks(summarise(store.records()), "accuracy")
+    assert [mark.point.name for members in panels.values() for mark in members] == ["unprotected"]
+    build(tmp_path)
+    assert (tmp_path / "tradeoff.png").exists()
+
+
 def test_settings_are_told_apart(tmp_path):
     for cut in ("relu1", "relu2"):
         filled(tmp_path, cut=cut)

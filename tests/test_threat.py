@@ -267,6 +267,26 @@ def test_the_encoders_guard_is_a_copy_and_its_noise_is_new_every_time() -> None:
     assert encoder.guard.calls == 2
 
 
+def test_the_encoder_gives_what_is_sent_of_a_prediction_where_that_differs() -> None:
+    class InTraining(Guard):
+        def activation(self, z: Tensor) -> Tensor:
+            return 0 * z
+
+        def prediction(self, z: Tensor) -> Tensor:
+            return 2 * z
+
+    table = Table(guard=InTraining())
+    view = table.view(Threat(queries=True))
+    assert torch.equal(view.query(X), view.activations())
+    assert view.query(X).any()
+
+
+def test_what_is_no_encoder_is_no_grant() -> None:
+    stage = nn.Sequential(nn.Linear(4, 5))
+    with pytest.raises(ValueError, match=r"expected an Encoder, got Sequential; pass Encoder\(stage, guard, codec\)"):
+        Grants(stage)  # type: ignore[arg-type]
+
+
 def test_a_query_has_no_gradient() -> None:
     view = Table().view(Threat(queries=True))
     assert not view.query(X.clone().requires_grad_()).requires_grad

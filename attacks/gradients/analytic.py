@@ -6,11 +6,12 @@ rounding and noise.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
 
-from attacks.gradients.updates import Seen
+from attacks.gradients.updates import Seen, some
 from attacks.inversion.reconstruction import Bounds, Reconstruction, bounded
 from splitlearn import View
 
@@ -37,7 +38,7 @@ class AnalyticInversion:
         """Return the input behind each update."""
         weight, bias = self._first()
         inputs, left = [], []
-        for update in self.seen(view):
+        for update in some(self.seen(view)):
             if update.count != 1:
                 raise ValueError(
                     f"expected updates of one sample, got one of {update.count}; use DLG or InvertingGradients"
@@ -45,6 +46,11 @@ class AnalyticInversion:
             g, products = update.gradient[bias].double(), update.gradient[weight].double()
             if not (g.isfinite().all() and products.isfinite().all() and g.any()):
                 raise ValueError("expected a finite bias gradient that is not all 0, got none; no unit was moved")
+            if products.shape[1] != prod(self.input_shape):
+                raise ValueError(
+                    f"expected inputs of {products.shape[1]} entries, as many as the first layer takes, got an "
+                    f"input_shape of {tuple(self.input_shape)}; set it to the shape of one input"
+                )
             x = g @ products / g.square().sum()
             left.append(((products - g.outer(x)).square().sum() / products.square().sum().clamp(min=1e-300)).item())
             inputs.append(x.to(update.gradient[weight].dtype).reshape(self.input_shape))
@@ -53,9 +59,11 @@ class AnalyticInversion:
 
     def _first(self) -> tuple[str, str]:
         """Return the names of the first layer's weight and bias."""
-        names = [(name, parameter.ndim) for name, parameter in self.model.named_parameters()][:2]
-        if [ndim for _, ndim in names] != [2, 1]:
+        first = [(name, parameter) for name, parameter in self.model.named_parameters()][:2]
+        layers = {name.rpartition(".")[0] for name, _ in first}
+        if [parameter.ndim for _, parameter in first] != [2, 1] or len(layers) != 1:
+            told = ", ".join(f"{name} of shape {tuple(parameter.shape)}" for name, parameter in first)
             raise ValueError(
-                f"expected a fully connected first layer with a bias, got {names}; use DLG or InvertingGradients"
+                f"expected a fully connected first layer with a bias, got {told}; use DLG or InvertingGradients"
             )
-        return names[0][0], names[1][0]
+        return first[0][0], first[1][0]

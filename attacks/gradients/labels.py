@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attacks.gradients.updates import Seen, Update
+from attacks.gradients.updates import Seen, Update, some
 from splitlearn import View
 
 __all__ = ["UpdateLabels", "label_of"]
@@ -29,7 +29,7 @@ class UpdateLabels:
 
     def __call__(self, view: View) -> Tensor:
         """Return the label behind each update."""
-        return torch.cat([label_of(self.model, update) for update in self.seen(view)])
+        return torch.cat([label_of(self.model, update) for update in some(self.seen(view))])
 
 
 def label_of(model: nn.Module, update: Update) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from attacks.gradients.updates import Update
+from attacks.gradients.updates import Update, some
 from attacks.inversion.reconstruction import Bounds, Reconstruction, bounded, seeded
+from splitlearn.misfit import MISFITS
 
 __all__ = ["Attempt", "Matched", "check_attempts", "descended", "rebuilt", "signed_adam"]
 
@@ -53,8 +54,17 @@ class Matched:
         return torch.randn(self.count, *input_shape, device=self.device, dtype=self.dtype).requires_grad_()
 
     def output(self, x: Tensor) -> Tensor:
-        """Return what the model, or the part of it, puts out."""
-        return functional_call(self._model, self._weights, (x,))
+        """Return what the model, or the part of it, puts out; ``ValueError`` where it takes no such inputs."""
+        try:
+            return functional_call(self._model, self._weights, (x,))
+        except torch.OutOfMemoryError:
+            raise
+        except MISFITS as error:
+            told = " ".join(str(error).split())
+            raise ValueError(
+                f"expected the shape of one input that the model takes, got {tuple(x.shape[1:])} ({told}); set "
+                "input_shape to that of the members' inputs"
+            ) from error
 
     def gradient(self, output: Tensor, g: Tensor | None = None) -> list[Tensor]:
         """Return the parameters' gradient of a loss, or of an output under ``g``, to be differentiated again."""
@@ -191,7 +201,7 @@ def rebuilt(
 ) -> Reconstruction:
     """Return the inputs behind each update: the best of several attempts; ``begun`` returns how to make one."""
     found = []
-    for update in updates:
+    for update in some(updates):
         matched = Matched(model, update, dtype)
         attempt = begun(matched, update)
         with seeded(seed, matched.device):

@@ -18,7 +18,7 @@ from splitlearn import Kind, View
 from splitlearn.service import named
 from splitlearn.wire import Exchange
 
-__all__ = ["Seen", "Update", "own_update", "seen_update", "seen_updates", "together"]
+__all__ = ["Seen", "Update", "own_update", "seen_update", "seen_updates", "some", "together"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ def seen_update(view: View, *, lr: float) -> Update:
     if len(found) > 1:
         raise LookupError(f"expected one round in the view, got {len(found)}; read them with seen_updates")
     return found[0]
+
+
+def some(updates: Sequence[Update]) -> Sequence[Update]:
+    """Return the updates; ``LookupError`` where there are none."""
+    if not updates:
+        raise LookupError("expected at least one update in the view, got none; record the members' wires")
+    return updates
 
 
 def own_update(view: View, stage: nn.Module) -> Update:

@@ -13,18 +13,17 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from attacks.inversion.decode import Decode
 from attacks.inversion.encoders import stepped
-from attacks.inversion.networks import Convolutional, Dense, Network
-from attacks.inversion.reconstruction import Bounds, Reconstruction, auxiliary_inputs, bounded, seeded
+from attacks.inversion.judging import converged, parted
+from attacks.inversion.networks import CONV, Convolutional, Dense, Network
+from attacks.inversion.reconstruction import Bounds, Reconstruction, auxiliary_inputs, check_bounds, seeded
 from splitlearn import View
 
 __all__ = ["Convolutional", "Decoder", "Dense", "decoder_family"]
-
-HELD_OUT = 0.15  # share of the auxiliary samples on which the epoch is chosen
-TAIL = 0.1  # share of the epochs at the end over which convergence is judged
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Decoder:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_bounds(self.bounds)
         if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0:
             raise ValueError(
                 f"expected at least one epoch, one sample a batch and lr > 0, got {self.epochs}, {self.batch_size} "
@@ -52,23 +52,22 @@ class Decoder:
     def __call__(self, view: View) -> Reconstruction:
         """Return the estimates; ``evidence`` holds the held-out error (MSE) and that of the mean image beside it."""
         z = view.activations()
-        auxiliary = auxiliary_inputs(view, at_least=8, device=z.device)
+        auxiliary = auxiliary_inputs(view, at_least=8, like=z, bounds=self.bounds)
         with seeded(self.seed, z.device):
-            order = torch.randperm(len(auxiliary)).to(z.device)
-            held_out, rest = auxiliary[order].tensor_split([max(1, int(HELD_OUT * len(auxiliary)))])
+            held_out, rest = (auxiliary[rows] for rows in parted(len(auxiliary), z.device))
             asked = _asked(view, rest)
             if asked.shape[1:] != z.shape[1:]:
                 raise ValueError(
                     f"expected queries to come back in the shape {tuple(z.shape[1:])} of the activations seen, got "
                     f"{tuple(asked.shape[1:])}; grant auxiliary samples of the private ones' shape"
                 )
-            decode = _Decode(self.network, asked, rest, self.bounds).to(z.device)
+            decode = Decode(self.network, rest, tuple(z.shape[1:]), self.bounds, seen=asked)
             errors = self._train(decode, view, rest, held_out)
         with torch.no_grad():
             x_hat = torch.cat([decode(part) for part in z.split(256)])
         return Reconstruction(x_hat, _evidence(errors))
 
-    def _train(self, decode: "_Decode", view: View, x: Tensor, held_out: Tensor) -> list[float]:
+    def _train(self, decode: Decode, view: View, x: Tensor, held_out: Tensor) -> list[float]:
         """Train, leave the best epoch's weights in place, and return the held-out error before and after each epoch."""
         optimizer = torch.optim.Adam(decode.parameters(), self.lr)
         steps = self.epochs * -(-len(x) // self.batch_size)
@@ -76,8 +75,7 @@ class Decoder:
         errors, best = [_error(decode, view, held_out)], copy.deepcopy(decode.state_dict())
         for _ in range(self.epochs):
             for rows in torch.randperm(len(x)).to(x.device).split(self.batch_size):
-                loss = mse_loss(decode.unbounded(view.query(x[rows])), x[rows]) / decode.spread**2
-                stepped(optimizer, loss)
+                stepped(optimizer, decode.misfit(view.query(x[rows]), x[rows]))
                 cycle.step()
             errors.append(_error(decode, view, held_out))
             if errors[-1] < min(errors[:-1]):
@@ -95,28 +93,9 @@ def decoder_family(input_shape: tuple[int, ...], *, seed: int = 0) -> dict[str, 
         "decoder-affine": Decoder(Dense(depth=0), epochs=40, lr=2e-3, seed=seed),
         "decoder-dense": Decoder(Dense(256, 1), epochs=30, lr=2e-3, seed=seed),
     }
-    if len(input_shape) > 1:
+    if len(input_shape) - 1 in CONV:
         return {**family, "decoder-conv": Decoder(Convolutional(32, 1), epochs=25, lr=5e-3, seed=seed)}
     return {**family, "decoder-deep": Decoder(Dense(256, 3), epochs=40, lr=2e-3, seed=seed)}
-
-
-class _Decode(nn.Module):
-    """From an activation to an input: standardise, the network, rescale, add the mean input."""
-
-    def __init__(self, network: Network, z: Tensor, x: Tensor, bounds: Bounds | None):
-        super().__init__()
-        over = [0, *range(2, z.ndim)]  # one scale a channel, or a column where there are no places
-        self.center, self.scale, self.mean = z.mean(over, keepdim=True), z.std(over, keepdim=True), x.mean(0)
-        self.scale = self.scale + 1e-3 * z.std() + torch.finfo(z.dtype).tiny  # a dead channel stays near 0
-        self.spread = (x - self.mean).std() + torch.finfo(x.dtype).tiny  # one for all entries, as in the error
-        self.network = network.build(tuple(z.shape[1:]), tuple(x.shape[1:])).to(z.dtype)
-        self.bounds = bounds
-
-    def unbounded(self, z: Tensor) -> Tensor:
-        return self.mean + self.spread * self.network((z - self.center) / self.scale)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return bounded(self.unbounded(z), self.bounds)
 
 
 def _asked(view: View, x: Tensor) -> Tensor:
@@ -124,16 +103,14 @@ def _asked(view: View, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _error(decode: _Decode, view: View, x: Tensor) -> float:
+def _error(decode: Decode, view: View, x: Tensor) -> float:
     return mse_loss(decode(_asked(view, x)), x).item()
 
 
 def _evidence(errors: list[float]) -> dict[str, float | str]:
-    """Converged where the last tenth of the epochs lowered the least error by less than 1 % of the mean image's."""
-    tail = max(1, int(TAIL * len(errors)))
     return {
         "auxiliary_mse": min(errors),
         "auxiliary_mse_mean_image": errors[0],
         "best_epoch": float(errors.index(min(errors))),
-        "converged": float(min(errors[:-tail]) - min(errors) < 0.01 * errors[0]),
+        "converged": converged(errors),
     }

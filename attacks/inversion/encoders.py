@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Critic", "gradient_penalty", "stand_in", "stepped"]
+from splitlearn import Encoder, Guard
+
+__all__ = ["Critic", "gradient_penalty", "guarded", "stand_in", "stepped"]
 
 Shape = tuple[int, ...]
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d}  # by the number of dimensions convolved over
@@ -32,6 +34,17 @@ def stand_in(x_shape: Shape, z_shape: Shape, *, width: int = 32) -> nn.Sequentia
     coarse = tuple(-(-size // 2) for size in x_shape[1:])
     layers += [POOL[places](coarse), nn.Flatten(), nn.Linear(width * prod(coarse), prod(z_shape))]
     return nn.Sequential(*layers, nn.Unflatten(1, z_shape))
+
+
+def guarded(stage: nn.Module, guard: Guard, *, releases: int = 1) -> nn.Sequential:
+    """Return the attacker's own stage, and after it what the client is known to do to its activations.
+
+    The guard is simulated: nothing is sent by it, and its noise is drawn anew at every call; ``releases`` of them are
+    averaged.
+    """
+    through = Encoder(nn.Identity(), guard)
+    through.releases = releases
+    return nn.Sequential(stage, through)
 
 
 class Critic(nn.Module):

@@ -2,35 +2,38 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss, one_hot
+from torch.nn.functional import cross_entropy
 
-from attacks.inversion.encoders import stand_in, stepped
-from attacks.inversion.insider import Insider
-from attacks.inversion.networks import Network
-from attacks.inversion.reconstruction import Bounds, auxiliary_inputs, bounded
-from splitlearn import Encoder, Kind, Learner, View
+from attacks.inversion.encoders import guarded, stand_in, stepped
+from attacks.inversion.insider import Infiltration, Insider
+from attacks.inversion.judging import converged, parted
+from attacks.inversion.reconstruction import Bounds, auxiliary_inputs, auxiliary_labels, check_bounds
+from splitlearn import Encoder, Guard, Kind, Learner, View
 from splitlearn.randomness import Randomness
 
-__all__ = ["Decode", "Follower", "Following"]
+__all__ = ["Follower", "Following"]
 
 Stage = Callable[[], nn.Module]
 
-HELD_OUT = 0.15  # share of the auxiliary samples on which no network is trained
-TAIL = 0.1  # share of the looks at these, at the end, over which convergence is judged
 PACE = 0.05  # weight of a batch in the running mean and variance of the activations
 
 
 @dataclass(frozen=True, kw_only=True)
-class Following:
+class Following(Infiltration):
     """How a passive server trains networks of its own while the training goes on.
 
     ``stage`` makes the one in the client's place and, in the U shape, ``head`` the one in its head's; None are networks
     of no architecture but the shapes' (``stand_in``). Each training step of the client is followed by
-    ``steps_per_batch`` of the server's own (Adam) on ``batch_size`` auxiliary samples.
+    ``steps_per_batch`` of the server's own (Adam) on ``batch_size`` auxiliary samples. ``bounds`` are the least and
+    greatest value of an input, None where these are not known.
+
+    ``guard`` is what the client is known to do to its activations, of the same shape before and after, and to its loss:
+    simulated activations pass through it, and its penalty is added to the simulator's loss (as SDAR's authors do
+    against NoPeek).
     """
 
     stage: Stage | None = None
@@ -38,9 +41,12 @@ class Following:
     lr: float = 1e-3
     batch_size: int = 32
     steps_per_batch: int = 1
+    bounds: Bounds | None = (0.0, 1.0)
+    guard: Guard = field(default_factory=Guard)
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_bounds(self.bounds)
         if not self.lr > 0 or min(self.batch_size, self.steps_per_batch) < 1:
             raise ValueError(
                 f"expected lr > 0, at least one sample a batch and one step, got {self.lr}, {self.batch_size} and "
@@ -63,19 +69,15 @@ class Follower(Insider):
     def __init__(self, settings: Following, server: Learner, view: View):
         super().__init__(server)
         view.tensors(Kind.ACTIVATION)  # an error where the threat does not let it read them
-        parameter = next(server.stage.parameters(), torch.empty(0))
-        self.x = auxiliary_inputs(view, at_least=8, device=parameter.device)
-        self.y = view.auxiliary_y.to(parameter.device)
-        if self.y.shape != self.x.shape[:1] or self.y.is_floating_point():
-            raise ValueError(
-                f"expected one class label for each of {len(self.x)} auxiliary samples, got {self.y.dtype} of shape "
-                f"{tuple(self.y.shape)}; this attack trains on cross-entropy"
-            )
+        like = next(server.stage.parameters(), None)
+        self.x = auxiliary_inputs(view, at_least=8, like=like, bounds=settings.bounds)
+        self.y = auxiliary_labels(view, self.x.device)
+        self.guard = settings.guard.simulated()
         self.settings, self.steps = settings, 0
         self._randomness = Randomness(settings.seed, "follower")
         self._sent: Tensor | None = None
-        with self._randomness.own(parameter.device):
-            held_out, rest = torch.randperm(len(self.x)).tensor_split([max(1, int(HELD_OUT * len(self.x)))])
+        with self._randomness.own(self.x.device):
+            held_out, rest = parted(len(self.x), self.x.device)
         self.x, self.y, self.held_out = self.x[rest], self.y[rest], (self.x[held_out], self.y[held_out])
 
     def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -107,7 +109,7 @@ class Follower(Insider):
         if not labelled:
             self.head = settings.head() if settings.head else stand_in((flat,), (classes,))
         self.stage.to(self.x), self.head.to(self.x)
-        if (made := self.stage(self.x[:2]).shape[1:]) != z.shape[1:]:
+        if (made := self.guard.activation(self.stage(self.x[:2])).shape[1:]) != z.shape[1:]:
             raise ValueError(
                 f"expected a stage to activations of the shape {z_shape} of those seen, got {tuple(made)}; pass a "
                 "stage of the victim's cut, or none"
@@ -116,8 +118,30 @@ class Follower(Insider):
 
     def follow(self, z: Tensor, y: Tensor | None, top: nn.Module) -> None:
         """Take one step of its own, beside the client's ``z`` (and ``y``, where these were sent)."""
-        x, own_y = self.batch()
-        stepped(self.optimizer, cross_entropy(self.logits(top, self.stage(x)), own_y))
+        loss, _ = self.simulated(top, *self.batch())
+        stepped(self.optimizer, loss)
+
+    def simulated(self, top: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss that the client would have on (x, y), its guard's penalty included, and what it would send.
+
+        Raises ``ValueError`` for labels that the top has no output for.
+        """
+        z = self.stage(x)
+        made = self.guard.activation(z)
+        logits, penalty = self.logits(top, made), self.guard.penalty(x, z)
+        if (most := int(y.max())) >= logits.shape[1]:
+            raise ValueError(
+                f"{self.name}: expected auxiliary labels from 0 to {logits.shape[1] - 1}, as the outputs, got {most}; "
+                "grant labels of the classes that the client trains for"
+            )
+        loss = cross_entropy(logits, y)
+        return loss if penalty is None else loss + penalty, made
+
+    @torch.no_grad()
+    def made(self, x: Tensor) -> Tensor:
+        """Return simulated activations of ``x``, through the guard, in evaluation mode."""
+        z: Tensor = Encoder(guarded(self.stage, self.guard))(x)
+        return z
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Return some auxiliary samples and their labels."""
@@ -130,8 +154,8 @@ class Follower(Insider):
         return logits
 
     def top(self) -> nn.Module:
-        """Return the server's stage as it is now: a copy, which does not learn."""
-        return copy.deepcopy(self.server.stage).requires_grad_(False)
+        """Return the server's stage as it is now: a copy in evaluation mode, which does not learn."""
+        return copy.deepcopy(self.server.stage).requires_grad_(False).eval()
 
     @torch.no_grad()
     def labels(self, z: Tensor) -> Tensor:
@@ -153,11 +177,10 @@ class Follower(Insider):
 
     def evidence(self, mean_image: float, errors: Sequence[float]) -> dict[str, float]:
         """Return the signs that it was tried, by the held-out errors in turn and that of the mean image."""
-        errors, tail = [mean_image, *errors], max(1, int(TAIL * len(errors)))
         return {
             "auxiliary_mse_mean_image": mean_image,
             "training_steps": float(self.steps),
-            "converged": float(min(errors[:-tail]) - min(errors) < 0.01 * mean_image),
+            "converged": converged([mean_image, *errors]),
         }
 
     def _followed(self, z: Tensor, y: Tensor | None) -> None:
@@ -190,34 +213,6 @@ class Running:
         """Return activations, the client's or simulated ones, in units of the client's; a dead channel stays small."""
         variance = (self.square - self.mean.square()).clamp(min=0)
         return (z - self.mean) / (variance + 1e-2 * variance.mean() + torch.finfo(z.dtype).tiny).sqrt()
-
-
-class Decode(nn.Module):
-    """From a standardised activation and, where there are ``classes``, a label to an input; starts as the mean image.
-
-    Built from auxiliary inputs ``x`` and the shape of an activation.
-    """
-
-    def __init__(self, network: Network, x: Tensor, z_shape: tuple[int, ...], bounds: Bounds | None, classes: int = 0):
-        super().__init__()
-        self.mean, self.spread = x.mean(0), (x - x.mean(0)).std() + torch.finfo(x.dtype).tiny
-        self.network = network.build((z_shape[0] + classes, *z_shape[1:]), tuple(x.shape[1:])).to(x)
-        self.classes, self.bounds = classes, bounds
-
-    def unbounded(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return the input as it comes, to be trained through."""
-        if self.classes and y is not None:  # one channel a class, all ones where it is the label's
-            told = one_hot(y, self.classes).to(z).reshape(len(z), self.classes, *[1] * (z.ndim - 2))
-            z = torch.cat([z, told.expand(-1, -1, *z.shape[2:])], dim=1)
-        return self.mean + self.spread * self.network(z)
-
-    def misfit(self, z: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return the mean squared error of what ``z`` decodes to, in units of the inputs' variance."""
-        return mse_loss(self.unbounded(z, y), x) / self.spread**2
-
-    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return the input, in its bounds."""
-        return bounded(self.unbounded(z, y), self.bounds)
 
 
 def _like(x_shape: tuple[int, ...], z: Tensor) -> nn.Module:

@@ -20,7 +20,7 @@ from torch.nn.functional import relu
 
 from attacks.inversion.encoders import stepped
 from attacks.inversion.maximum_likelihood import misfit, settled
-from attacks.inversion.reconstruction import Bounds, Reconstruction, bounded, seeded
+from attacks.inversion.reconstruction import Bounds, Reconstruction, bounded, check_bounds, seeded
 from splitlearn import Encoder, Kind, View
 
 __all__ = ["GRN"]
@@ -53,6 +53,7 @@ class GRN:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_bounds(self.bounds)
         inside = all(0 <= column < self.num_columns for column in self.columns)
         if not inside or len(set(self.columns)) != self.own.shape[1] or self.own.shape[1] >= self.num_columns:
             raise ValueError(

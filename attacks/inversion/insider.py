@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
@@ -50,6 +50,24 @@ class Insider(ABC):
         """Take over parameters and buffers."""
         self.server.load_weights(weights)
 
+    def abandon(self) -> None:
+        """Give up the open step, if there is one, as the server does."""
+        self.server.abandon()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Raise ``ValueError``: what it trains beside the server is not kept."""
+        raise self._not_kept()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ``ValueError``, as ``state_dict`` does."""
+        raise self._not_kept()
+
+    def _not_kept(self) -> ValueError:
+        return ValueError(
+            f"{self.name}: expected a party that can be checkpointed, got an attack that takes part; run it without "
+            "checkpoint= and patience="
+        )
+
     @abstractmethod
     def __call__(self, view: View) -> Reconstruction:
         """Return an estimate of the input behind each activation of the view's predict requests."""
@@ -61,5 +79,13 @@ class Infiltration(Protocol):
     ``view`` is what it knows before training (``granted``): samples of its own, for the most part.
     """
 
+    @abstractmethod
     def insider(self, server: Learner, view: View) -> Insider:
         """Return the party that takes the server's place."""
+
+    def __call__(self, view: View) -> NoReturn:
+        """Raise ``ValueError``: settings rebuild nothing, their insider does."""
+        raise ValueError(
+            f"expected an insider that took part in a training, got the settings of {type(self).__name__}; put "
+            "insider(server, view) in the server's place first, and call that"
+        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.inversion.maximum_likelihood import descend, misfit
-from attacks.inversion.reconstruction import Bounds, Reconstruction, bounded, seeded
+from attacks.inversion.reconstruction import Bounds, Reconstruction, auxiliary_inputs, bounded, check_bounds, seeded
 from splitlearn import View
 
 __all__ = ["LatentSearch"]
@@ -39,6 +39,7 @@ class LatentSearch:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_bounds(self.bounds)
         if self.iterations < 1 or self.starts < 1 or not self.lr > 0 or not self.weight >= 0:
             raise ValueError(
                 f"expected at least one iteration and one start, lr > 0 and a weight of 0 or more, got "
@@ -48,6 +49,8 @@ class LatentSearch:
     def __call__(self, view: View) -> Reconstruction:
         """Return the estimates; ``evidence`` holds the mean objective a sample at both ends, over all starts."""
         z = view.activations()
+        if view.threat.auxiliary:  # not needed, but they tell whether the bounds are the inputs'
+            auxiliary_inputs(view, at_least=1, like=None, bounds=self.bounds)
         encoder = copy.deepcopy(view.encoder).to(z.device)
         generator = copy.deepcopy(self.generator).to(z.device).eval().requires_grad_(False)
 

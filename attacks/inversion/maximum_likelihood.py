@@ -4,7 +4,9 @@ He, Zhang & Lee 2019, "Model inversion attacks against collaborative inference" 
 min ‖f(x) − z‖² + λ·TV(x). Deviations, each of which makes it stronger:
 
 - f is the victim's whole path, guard and codec included (straight-through); a guard's noise is drawn anew at
-  every iteration, so that the expected misfit is minimised;
+  every iteration, so that the expected misfit is minimised. That suits noise of mean 0. Of a guard that zeroes
+  entries at random (dropout) the expected misfit counts each zero that was seen as a value, and the estimate shrinks:
+  which entries were dropped is not inferred, and a ``Decoder`` does better there;
 - inputs stay in their bounds, and the learning rate decays;
 - with auxiliary samples λ is not guessed: the attack is rehearsed on activations of some of these, and the prior
   and weight that rebuild them best are taken. A Gaussian in the samples' mean and covariance then stands beside
@@ -19,8 +21,9 @@ from statistics import mean
 import torch
 from torch import Tensor
 
+from attacks.inversion.judging import fall, tail
 from attacks.inversion.priors import GaussianPrior, total_variation
-from attacks.inversion.reconstruction import Bounds, Reconstruction, auxiliary_inputs, bounded, seeded
+from attacks.inversion.reconstruction import Bounds, Reconstruction, auxiliary_inputs, bounded, check_bounds, seeded
 from splitlearn import Encoder, View
 
 __all__ = ["MaximumLikelihood", "descend", "misfit", "settled"]
@@ -28,7 +31,6 @@ __all__ = ["MaximumLikelihood", "descend", "misfit", "settled"]
 Term = tuple[Callable[[Tensor], Tensor], Tensor | float]  # a prior, and its weight in each problem or in all
 
 REHEARSED = 16  # auxiliary samples on which prior and weight are chosen
-TAIL = 0.1  # share of the iterations at the end over which convergence is judged
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class MaximumLikelihood:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_bounds(self.bounds)
         weights = (*self.tv_weights, *self.gaussian_weights)
         if self.iterations < 1 or not self.lr > 0 or not weights or min(*weights, self.tv_weight) < 0:
             raise ValueError(
@@ -66,7 +69,7 @@ class MaximumLikelihood:
         unit = z.square().mean().item()
         with seeded(self.seed, z.device):
             if view.threat.auxiliary:
-                auxiliary = auxiliary_inputs(view, at_least=8, device=z.device)
+                auxiliary = auxiliary_inputs(view, at_least=8, like=z, bounds=self.bounds, shape=self.input_shape)
                 start, name, prior, weight = self._rehearsed(encoder, auxiliary, unit)
             else:
                 start, name, prior, weight = self._middle(z), "total variation", total_variation, self.tv_weight
@@ -150,6 +153,6 @@ def misfit(f: Tensor, z: Tensor) -> Tensor:
 
 def settled(trace: Sequence[float]) -> dict[str, float]:
     """Return the mean objective at both ends; converged where the last tail lowered it by under 1 % of the first."""
-    tail = max(1, int(TAIL * len(trace)))
-    last, before = mean(trace[-tail:]), mean(trace[-2 * tail : -tail] or trace[:1])
-    return {"objective_first": trace[0], "objective_last": last, "converged": float(before - last < 0.01 * trace[0])}
+    last = mean(trace[-tail(trace) :])
+    still = fall(trace) < 0.01 * trace[0]
+    return {"objective_first": trace[0], "objective_last": last, "converged": float(still)}

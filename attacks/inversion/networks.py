@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-__all__ = ["Convolutional", "Dense", "Network"]
+__all__ = ["Convolutional", "Dense", "Network", "suited"]
 
 Shape = tuple[int, ...]
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d}  # by the number of dimensions convolved over
@@ -71,6 +71,16 @@ class Convolutional:
 
 
 Network = Dense | Convolutional
+
+
+def suited(network: Network | None, x_shape: Shape, *, width: int = 32) -> Network:
+    """Return the network, or where it is None one for inputs of this shape: ``Convolutional`` where these have places.
+
+    Signals and images have; columns of a table, and volumes, get ``Dense``. ``width`` is that of the convolutions.
+    """
+    if network is not None:
+        return network
+    return Convolutional(width, 1) if len(x_shape) - 1 in CONV else Dense()
 
 
 class _Residual(nn.Module):

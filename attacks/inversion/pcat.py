@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import mse_loss
 
+from attacks.inversion.decode import Decode
 from attacks.inversion.encoders import stepped
-from attacks.inversion.follower import Decode, Follower, Following
+from attacks.inversion.follower import Follower, Following
 from attacks.inversion.networks import Dense, Network
-from attacks.inversion.reconstruction import Bounds, Reconstruction, seeded
-from splitlearn import Encoder, Learner, View
+from attacks.inversion.reconstruction import Reconstruction, seeded
+from splitlearn import Learner, View
 
 __all__ = ["PCAT"]
 
@@ -35,14 +36,12 @@ class PCAT(Following):
     """Labelled auxiliary samples. Trains a pseudo-client through the live server, then a decoder (``network``).
 
     The decoder is affine unless told otherwise: of the sizes tried, that one carries over from the pseudo-client to the
-    client best. ``decoder_lr`` is the greatest learning rate of its cycle. ``bounds`` are the least and greatest value
-    of an input, None where these are not known.
+    client best. ``decoder_lr`` is the greatest learning rate of its cycle.
     """
 
     network: Network = AFFINE
     epochs: int = 30
     decoder_lr: float = 3e-3
-    bounds: Bounds | None = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,14 +78,13 @@ class _PseudoClient(Follower):
     def _undone(self, decode: Decode) -> list[float]:
         """Train, keep the best epoch, and return the held-out error before and after each."""
         settings, (x, _) = self.settings, self.held_out
-        encoder = Encoder(self.stage)
-        with torch.no_grad():
-            made, held_out = (self.running.standardised(encoder(samples)) for samples in (self.x, x))
+        held_out = self.running.standardised(self.made(x))
         optimizer = torch.optim.Adam(decode.parameters(), settings.decoder_lr)
         steps = settings.epochs * -(-len(self.x) // settings.batch_size)
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.decoder_lr, total_steps=steps)
         errors, best = [mse_loss(decode(held_out), x).item()], copy.deepcopy(decode.state_dict())
         for _ in range(settings.epochs):
+            made = self.running.standardised(self.made(self.x))  # in every epoch: a guard's noise is drawn anew
             for rows in torch.randperm(len(made)).to(made.device).split(settings.batch_size):
                 stepped(optimizer, decode.misfit(made[rows], self.x[rows]))
                 cycle.step()

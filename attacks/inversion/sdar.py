@@ -15,24 +15,25 @@ and trains it with f~, decoder and critics are told no labels, and ``labels`` re
 Deviations: decoder and critics read activations standardised by a running mean and variance of the client's; the
 decoder starts as the mean image, and its squared error is in units of the inputs' variance; the critics' learning rates
 are not multiplied by λ, and the simulator's and theirs have Adam's β1 at 0.5; a simulator of no known architecture ends
-in ReLU where the first activation has no negative entry; in the U shape no auxiliary label is flipped.
+in ReLU where the first activation has no negative entry; in the U shape no auxiliary label is flipped; the decoder
+learns from what the simulator made before its step (after it, one seed of two came to an error of .018, not to .013).
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss, softplus
+from torch.nn.functional import mse_loss, softplus
 
+from attacks.inversion.decode import Decode
 from attacks.inversion.encoders import Critic, stepped
-from attacks.inversion.follower import Decode, Follower, Following
-from attacks.inversion.networks import Convolutional, Network
-from attacks.inversion.reconstruction import Bounds, Reconstruction
-from splitlearn import Encoder, Learner, View
+from attacks.inversion.follower import Follower, Following
+from attacks.inversion.networks import Network
+from attacks.inversion.reconstruction import Reconstruction, seeded
+from splitlearn import Learner, View
 
 __all__ = ["SDAR"]
 
-NETWORK = Convolutional(32, 1)
 EVERY = 25  # training steps between two looks at the held-out samples
 CRITIC = 32  # channels of each critic
 BETAS = (0.5, 0.999)  # Adam's, of the simulator and the critics
@@ -43,18 +44,17 @@ class SDAR(Following):
     """Labelled auxiliary samples. Trains simulator, decoder (``network``) and two critics beside the live server.
 
     ``simulator_weight`` is the paper's λ1 and ``decoder_weight`` its λ2, of which 0 leaves the critic out.
-    ``conditional`` tells decoder and critics the labels, where the server is sent these. ``bounds`` are the least and
-    greatest value of an input, None where these are not known.
+    ``conditional`` tells decoder and critics the labels, where the server is sent these. ``network`` None is one that
+    suits the inputs.
     """
 
-    network: Network = NETWORK
+    network: Network | None = None
     conditional: bool = True
     simulator_weight: float = 0.02
     decoder_weight: float = 1e-5
     decoder_lr: float = 5e-4
     simulator_critic_lr: float = 1e-3
     decoder_critic_lr: float = 1e-3
-    bounds: Bounds | None = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +83,7 @@ class Simulating(Follower):
         super().build(z, output, labelled=labelled)
         settings, x_shape, z_shape = self.settings, tuple(self.x.shape[1:]), tuple(z.shape[1:])
         classes = output.shape[1] if settings.conditional and labelled else 0
-        self.decode, self.errors = Decode(settings.network, self.x, z_shape, settings.bounds, classes), []
+        self.decode, self.errors = Decode(settings.network, self.x, z_shape, settings.bounds, classes=classes), []
         self.simulator_critic = Critic(z_shape, classes=classes, width=CRITIC).to(z)
         self.decoder_critic = Critic(x_shape, classes=classes, width=CRITIC).to(z)
         adam = torch.optim.Adam
@@ -95,8 +95,7 @@ class Simulating(Follower):
     def follow(self, z: Tensor, y: Tensor | None, top: nn.Module) -> None:
         """Take one step of simulator, decoder and critics, beside the client's ``z`` (and ``y``, where it was sent)."""
         settings, (x, own_y) = self.settings, self.batch()
-        made = self.stage(x)
-        loss = cross_entropy(self.logits(top, made), own_y)
+        loss, made = self.simulated(top, x, own_y)
         real, fake = self.running.standardised(z), self.running.standardised(made)
         if settings.simulator_weight:
             _judge(self.simulator_critic, self.simulator_critic_optimizer, (real, y), (fake, own_y))
@@ -130,7 +129,9 @@ class Simulating(Follower):
     @torch.no_grad()
     def _held_out_error(self) -> float:
         x, y = self.held_out
-        return mse_loss(self.decode(self.running.standardised(Encoder(self.stage)(x)), y), x).item()
+        with seeded(self.settings.seed, x.device):
+            made = self.running.standardised(self.made(x))
+        return mse_loss(self.decode(made, y), x).item()
 
 
 Labelled = tuple[Tensor, Tensor | None]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from attacks.inversion.fsha import FSHA, Hijacker, as_long_as
+from attacks.inversion.insider import Infiltration
 from splitlearn import Kind, Learner, View
 
 __all__ = ["SplitSpy", "Spy"]
@@ -29,7 +30,7 @@ PACE = 0.1  # weight of a batch in the running mean of the shadow's loss
 
 
 @dataclass(frozen=True)
-class SplitSpy:
+class SplitSpy(Infiltration):
     """Malicious server that is sent labels; unlabelled auxiliary samples. Puts FSHA (``hijack``) in the server's place.
 
     For vanilla training with classes. ``suspicion`` is the share of the loss of an uninformed guess above which the

@@ -1,13 +1,16 @@
 """URVFL: a hijacking server whose lies follow the labels, as an honest server's gradients do.
 
-Yao et al. 2025, "URVFL: undetectable data reconstruction attack on vertical federated learning" (NDSS). Detectors look
-for gradients that do not depend on labels. This attacker has labelled samples of its own. It trains encoder (pilot) and
-decoder as an autoencoder in advance. Then a critic with an auxiliary classifier learns to tell the pilot's activations
-from the client's, and the classes of both; the client is sent the gradient by which its activations look like the
-pilot's and like those of their label. Implemented from the abstract; these details are ours:
+Yao et al. 2024, "URVFL: undetectable data reconstruction attack on vertical federated learning" (arXiv:2404.19582,
+NDSS 2025). Detectors look for gradients that do not depend on labels. This attacker has labelled samples of its own. It
+trains encoder (pilot) and decoder as an autoencoder in advance. Then a critic with an auxiliary classifier learns to
+tell the pilot's activations from the client's, and the classes of both; the client is sent the gradient by which its
+activations look like the pilot's and like those of their label. Deviations from what the authors published:
 
-- critic and classifier share all but their last layers (as in AC-GAN, Odena et al. 2017, arXiv:1610.09585), the critic
-  is FSHA's (WGAN-GP), and the two gradients are added up at equal norms, the classifier's times ``label_weight``;
+- theirs is one classifier of twice as many classes: a label, and whose activation it is. It learns by cross-entropy,
+  and the client is sent that of its label at the pilot's. Ours are a critic and a classifier which share all but their
+  last layers (as in AC-GAN, Odena et al. 2017, arXiv:1610.09585): the critic is FSHA's (WGAN-GP), and the two gradients
+  are added up at equal norms, the classifier's times ``label_weight``;
+- theirs keeps the epoch of the pretraining with the least held-out error, ours the last step;
 - the honest server is trained beside it, for the loss and the predictions that the client sees, and a lie has the norm
   of the honest gradient that it stands for, by which false labels show in it too;
 - as in our FSHA the pilot's activations are scaled, and end in a ReLU where the client's do;
@@ -21,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from attacks.inversion.encoders import stepped
-from attacks.inversion.fsha import BETAS, Hijacker, Hijacking, as_long_as, check_labels
+from attacks.inversion.fsha import BETAS, Hijacker, Hijacking, as_long_as
+from attacks.inversion.reconstruction import auxiliary_labels
 from splitlearn import Kind, Learner, View
 
 __all__ = ["URVFL", "ClassAware"]
@@ -61,8 +65,7 @@ class ClassAware(Hijacker):
     def __init__(self, settings: URVFL, server: Learner, view: View):
         super().__init__(settings, server, view)
         view.tensors(Kind.LABEL)  # an error where the threat does not let it read these
-        self.y = view.auxiliary_y.to(self.x.device)
-        check_labels(self.y, settings.classes)
+        self.y = auxiliary_labels(view, self.x.device, settings.classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raise ``ValueError``: a U shape sends no labels."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from defenses.detectors.policies import Fast, Policy, crosses
+from defenses.detectors.policies import Policy, crosses
 from splitlearn import Learner
 from splitlearn.train import TrainingStopped
 
@@ -18,10 +18,11 @@ __all__ = ["Detector", "first_gradient"]
 class Detector(ABC):
     """A party in the learner's place that does as the learner does, and scores the server on the way.
 
-    It watches the client of ``vanilla``, who holds the inputs and sends its labels along. ``scores`` grows by one for
-    every batch that is checked. ``detected_at`` is the batch, counted from 1, at which the ``policy`` over the scores
-    first crossed the ``threshold``; None so far otherwise. With ``stop`` that batch raises ``TrainingStopped``, and
-    nothing is sent after it.
+    It watches the client of ``vanilla``, who holds the inputs and sends its labels along; one that needs no labels also
+    watches the bottom of the U shape, where any other raises ``ValueError``. ``scores`` grows by one for every batch
+    that is checked. ``detected_at`` is the batch, counted from 1, at which the ``policy`` over the scores first crossed
+    the ``threshold``; None so far otherwise. With ``stop`` that batch raises ``TrainingStopped``, and nothing is sent
+    after it.
 
     It sees the server's gradients and nothing else of it. A server that is caught has had the activations of all
     batches before. A verdict is evidence and no proof: an honest server can be suspected, and one that knows of the
@@ -29,13 +30,14 @@ class Detector(ABC):
     """
 
     above: ClassVar[bool] = False  # whether scores above the threshold are the suspicious ones, or those below
+    needs_labels: ClassVar[bool] = True  # whether it goes by the labels that are sent: not in the U shape, then
 
-    def __init__(self, learner: Learner, *, threshold: float, policy: Policy | None, stop: bool):
+    def __init__(self, learner: Learner, *, threshold: float, policy: Policy, stop: bool):
         if not isfinite(threshold):
             raise ValueError(f"expected a threshold that is a number, got {threshold}")
         self.learner, self.name = learner, learner.name
         self.threshold, self.stop = threshold, stop
-        self.policy = policy if policy is not None else Fast()
+        self.policy = policy
         self.scores: list[float] = []
         self.batches = 0
         self.detected_at: int | None = None
@@ -46,6 +48,11 @@ class Detector(ABC):
     def verdict(self) -> bool:
         """Whether the server has been caught."""
         return self.detected_at is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the scores are as many as the policy needs; before that there can be no verdict."""
+        return self._held() is not None
 
     @property
     def stage(self) -> nn.Module:
@@ -69,6 +76,11 @@ class Detector(ABC):
     def backward(self, g: Tensor) -> Tensor | None:
         """Take the gradient as the learner does, and score the server."""
         self._open = False
+        if self.needs_labels and self._labels is None:
+            raise ValueError(
+                f"{self.name}: expected a step in which the client sends its labels, as in vanilla, got none; watch "
+                "the client there, or use SplitOut, which needs none"
+            )
         back, score = self._taken(g)
         self.batches += 1
         if score is not None:

@@ -30,6 +30,11 @@ class Fast:
         return scores[-1] if scores else None
 
 
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"expected a policy over at least one score, got {count}; take 1 or more, or Fast()")
+
+
 @dataclass(frozen=True)
 class Average:
     """The mean of the last ``count`` scores (Avg-k)."""
@@ -79,8 +84,3 @@ def batches_until(
 def crosses(value: float | None, threshold: float, *, above: bool) -> bool:
     """Return whether ``value`` lies on the suspicious side of the threshold; None lies on no side."""
     return value is not None and (value > threshold if above else value < threshold)
-
-
-def _check_count(count: int) -> None:
-    if count < 1:
-        raise ValueError(f"expected a policy over at least one score, got {count}; take 1 or more, or Fast()")

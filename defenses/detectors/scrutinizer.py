@@ -103,20 +103,15 @@ class GradientsScrutinizer(Detector):
         *,
         score: Callable[[Sequence[Alikeness]], float] = gap,
         threshold: float = 0.1,
-        policy: Policy | None = None,
+        policy: Policy = Average(10),
         stop: bool = False,
     ):
-        policy = policy if policy is not None else Average(10)
         super().__init__(learner, threshold=threshold, policy=policy, stop=stop)
         self.score = score
         self._seen: list[Alikeness] = []
 
     def _taken(self, g: Tensor) -> tuple[Tensor | None, float | None]:
-        if self._labels is None:
-            raise ValueError(
-                f"{self.name}: expected a step in which the client sends its labels, as in vanilla, got none; watch "
-                "the client there, or use SplitOut, which needs none"
-            )
+        assert self._labels is not None
         back = self.learner.backward(g)
         one = alikeness(g, self._labels.to(g.device))
         if one is None:

@@ -85,11 +85,10 @@ class SplitGuard(Detector):
         alpha: float = 5.0,
         beta: float = 2.0,
         threshold: float = 0.9,
-        policy: Policy | None = None,
+        policy: Policy = Average(10),
         stop: bool = False,
         seed: int | None = None,
     ):
-        policy = policy if policy is not None else Average(10)
         super().__init__(learner, threshold=threshold, policy=policy, stop=stop)
         if num_classes < 2:
             raise ValueError(f"expected at least two classes, of which one can be a false label, got {num_classes}")

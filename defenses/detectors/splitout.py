@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from defenses.detectors.detector import Detector, first_gradient
+from defenses.detectors.policies import Fast
 from splitlearn import Learner, vanilla
 
 __all__ = ["SplitOut", "honest_gradients"]
@@ -62,12 +63,12 @@ class SplitOut(Detector):
     Deviations: the simulation starts at the client's own weights, not at new ones; several epochs.
     """
 
-    above = True
+    above, needs_labels = True, False
 
     def __init__(
         self, learner: Learner, honest: Tensor, *, window: int = 10, threshold: float = 0.5, stop: bool = False
     ):
-        super().__init__(learner, threshold=threshold, policy=None, stop=stop)
+        super().__init__(learner, threshold=threshold, policy=Fast(), stop=stop)
         width = len(first_gradient(learner))
         if window < 1:
             raise ValueError(f"expected a window of at least one gradient, got {window}; the paper takes 10")
