@@ -208,11 +208,11 @@ ROWS: dict[str, Row] = {
     "none": Row("U shape in the clear", ("",), shielded(lambda _: Shield())),
     "int8": Row("int8 on the wire", ("",), shielded(lambda _: Shield(codec=Int8()))),
     "gaussian_noise": Row(
-        "Gaussian noise on activations, no ε; a strength is its standard deviation", ("1", "4"),
+        "Gaussian noise on activations, no ε; a strength is its standard deviation", ("4", "16"),
         shielded(lambda strength: Shield(GaussianNoise(number(strength, "a standard deviation")))),
     ),
     "nopeek": Row(
-        "NoPeek; a strength is its weight", ("3",), shielded(lambda s: Shield(NoPeek(number(s, "a weight")))),
+        "NoPeek; a strength is its weight", ("0.3", "1"), shielded(lambda s: Shield(NoPeek(number(s, "a weight")))),
     ),
     "dp_activations": Row("clipped activations with Gaussian noise, at an ε", ("4", "16", "64"), mechanism("gaussian")),
     "dp_sgd": Row("DP-SGD on both stages, at an ε", ("1", "4", "16"), mechanism("dpsgd")),

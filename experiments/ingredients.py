@@ -55,7 +55,7 @@ WHITE_BOX = Threat(white_box=True, auxiliary=True)
 UNLABELLED = Threat(auxiliary=True)
 LABELLED = Threat(auxiliary=True, auxiliary_labels=True)
 QUERIES = Threat(queries=True, auxiliary=True)
-SIMULATORS = 2  # that a server trains on the side of one training: about one in ten finds no way to the client's
+SIMULATORS = 2  # that a server can train beside one training; some find no way to the client's activations
 
 
 @dataclass(frozen=True)

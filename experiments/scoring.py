@@ -152,7 +152,7 @@ def scored(
 def _send(trained: Trained, targets: int, releases: int) -> None:
     assert trained.record is not None
     # What an evaluation sent is no part of it; of the training an attack may read the last samples.
-    training = [one for one in trained.record.exchanges if one.request.verb == "learn"][-KEPT:]
+    training = [one for one in trained.record.exchanges if one.request.verb in ("learn", "forward")][-KEPT:]
     trained.record.clear(keep=training)
     for _ in range(releases):
         predict(trained.chain, trained.victim_x[:targets])
