@@ -25,13 +25,19 @@ from defenses.labels import (
     Mixup,
 )
 from defenses.labels.observed import Observing
-from experiments.parts import LabelAttack, LabelProtection, LabelShield, number
+from experiments.parts import LabelAim, LabelAttack, LabelProtection, LabelShield, number
 from privacy.dp import ForwardCrossEntropy, LaplaceLabels, RandomisedResponse
 from splitlearn.frames import Kind
 
 __all__ = ["LABEL_ATTACKS", "LABEL_PROTECTIONS"]
 
 COMPLETED = 4  # times the hints of other attacks, of each class
+
+
+def untrained(aim: LabelAim) -> ModelCompletion:
+    """Return model completion from a fresh bottom: what inputs and known labels tell without any training."""
+    return ModelCompletion(aim.classes, bottom=aim.bottom, seed=aim.seed)
+
 
 LABEL_ATTACKS: dict[str, LabelAttack] = {
     "norm": LabelAttack(
@@ -65,12 +71,12 @@ LABEL_ATTACKS: dict[str, LabelAttack] = {
     "head": LabelAttack(
         "own bottom as it is, a head on it from few known labels (Fu et al. 2022, without its semi-supervision)",
         lambda aim: HintedHead(aim.classes, seed=aim.seed), hinted=COMPLETED, own_inputs=True,
-        blind=lambda aim: ModelCompletion(aim.classes, bottom=aim.bottom, seed=aim.seed),
+        blind=untrained,
     ),
     "completion": LabelAttack(
         "model completion: own bottom, a head by MixMatch from few known labels (Fu et al. 2022)",
         lambda aim: ModelCompletion(aim.classes, seed=aim.seed), hinted=COMPLETED, own_inputs=True,
-        blind=lambda aim: ModelCompletion(aim.classes, bottom=aim.bottom, seed=aim.seed),
+        blind=untrained,
     ),
 }  # fmt: skip
 
