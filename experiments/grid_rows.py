@@ -38,7 +38,7 @@ from splitlearn.remote import wire
 from splitlearn.threat import Encoder, Threat, View, observe
 from splitlearn.train import Predictor, predict
 
-__all__ = ["ROWS", "Reached", "Row", "Seen"]
+__all__ = ["QUERIES", "ROWS", "Reached", "Row", "Seen"]
 
 TRANSCRIPT = 1 << 28  # bytes that are kept of what crosses
 READ = 1024  # bytes of a ciphertext that the attack on inputs reads: all look like chance
@@ -55,20 +55,34 @@ class Reached:
     seen: Trained
     labels: Leakage
     epoch: float  # seconds
-    attacks: tuple[str, ...]  # on inputs, those that what crosses is fit for
     releases: int = 1
-    queries: int | None = None  # of the attacker on inputs, where they are slow; None: all of its samples
     claims: list[Claim] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the grid at several strengths. ``run`` yields what was reached, while its parties stand."""
+    """A line of the grid at several strengths. ``run`` yields what was reached, while its parties stand.
+
+    Where what the server holds is ``sealed``, no gradient goes through it, and asking for it is slow.
+    """
 
     summary: str
     strengths: tuple[str, ...]
     run: Callable[[Training, Splits, str], Any]  # a context manager of ``Reached``
+    sealed: bool = False
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """The attacks on inputs that what the server holds is fit for."""
+        return ("decoder",) if self.sealed else ("rmle", "decoder")
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What its result depends on, beside training and strength."""
+        return (
+            {"queries": QUERIES, "read": READ} if self.sealed else {"public": PUBLIC, "passes": PASSES, "delta": DELTA}
+        )
 
 
 class Seen(nn.Module):
@@ -109,7 +123,7 @@ def shielded(shield: Callable[[str], Shield]) -> Callable[[Training, Splits, str
         seen = Trained(
             ready.chain, ready.stage, losses, nbytes, visible, private.x, private.y, encoder, ready.line.record
         )
-        yield Reached(ready.chain, seen, labels, statistics.median(lasted), ("rmle", "decoder"))
+        yield Reached(ready.chain, seen, labels, statistics.median(lasted))
 
     return run
 
@@ -139,7 +153,7 @@ def encrypted(way: str) -> Callable[[Training, Splits, str], Any]:
 
         yield Reached(
             ready.chain, _sealed(ready.stage, losses, nbytes, ready.visible, splits, ciphertexts), labels,
-            statistics.median(lasted), ("decoder",), queries=QUERIES,
+            statistics.median(lasted),
             claims=[] if ready.account is None else [ready.account.claim()],
             notes=[f"the attack on inputs reads the first {READ} bytes of each sample's ciphertext"],
         )  # fmt: skip
@@ -178,7 +192,7 @@ def on_shares(training: Training, splits: Splits, strength: str) -> Iterator[Rea
 
         yield Reached(
             chain, _sealed(client.stage, losses, nbytes, run.visible, splits, shares), labels,
-            statistics.median(lasted), ("decoder",), queries=QUERIES,
+            statistics.median(lasted),
             notes=["the attack on inputs reads server 0's half of each activation", *servers.security],
         )  # fmt: skip
 
@@ -197,7 +211,7 @@ def mechanism(name: str) -> Callable[[Training, Splits, str], Any]:
         reached = MECHANISMS[name].run(start)
         yield Reached(
             reached.trained.chain, reached.trained, _sent(start, reached.guard), reached.seconds / training.epochs,
-            ("rmle", "decoder"), reached.releases, claims=list(reached.claims),
+            reached.releases, claims=list(reached.claims),
             notes=[*reached.notes, f"starts from a model of {PUBLIC} public samples"],
         )  # fmt: skip
 
@@ -217,10 +231,11 @@ ROWS: dict[str, Row] = {
     "dp_activations": Row("clipped activations with Gaussian noise, at an ε", ("4", "16", "64"), mechanism("gaussian")),
     "dp_sgd": Row("DP-SGD on both stages, at an ε", ("1", "4", "16"), mechanism("dpsgd")),
     "he_u_dp": Row(
-        "encrypted forward and backward, one DP-SGD step for the server, at an ε", ("2", "8"), encrypted("he_u_dp")
+        "encrypted forward and backward, one DP-SGD step for the server, at an ε", ("2", "8"), encrypted("he_u_dp"),
+        sealed=True,
     ),
-    "he_encw": Row("activations, gradients and weights encrypted", ("",), encrypted("he_encw")),
-    "mpc_2pc": Row("two servers on shares, the loss on shares too", ("",), on_shares),
+    "he_encw": Row("activations, gradients and weights encrypted", ("",), encrypted("he_encw"), sealed=True),
+    "mpc_2pc": Row("two servers on shares, the loss on shares too", ("",), on_shares, sealed=True),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from attacks import LabelGuess
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.label_ingredients import LABEL_ATTACKS, LABEL_PROTECTIONS
 from experiments.names import find
-from experiments.parts import LabelAim, LabelShield
+from experiments.parts import LabelAim, LabelShield, told
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.setups import UNLABELLED, counted
@@ -106,7 +106,7 @@ class Trial:
             **described(self.data, self.sizes, self.training),
             "seat": self.seat, "task": self.task, "attacked": list(self.attacked), "hints": self.hints,
             "protection": {"name": self.protection, "strength": self.strength, "guard": repr(shield.guard)},
-            "attacks": {name: repr(LABEL_ATTACKS[name].build(aim)) for name in self.attacks},
+            "attacks": {name: told(LABEL_ATTACKS[name].build(aim)) for name in self.attacks},
         }  # fmt: skip
 
 

@@ -12,11 +12,13 @@ import torch
 from attacks import LossThreshold
 from experiments.encrypted import Setup, encrypted_cut
 from experiments.experiment import Experiment, Options, reproduction
-from experiments.grid_rows import ROWS, Seen
+from experiments.grid_rows import QUERIES, ROWS, Seen
+from experiments.ingredients import ATTACKS
 from experiments.names import find
+from experiments.parts import Aim
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
-from experiments.scoring import attack_victim
+from experiments.scoring import aim_of, attack_victim
 from experiments.training import (
     Training,
     build_model,
@@ -67,11 +69,13 @@ class Trial:
     strength: str
     targets: int
 
-    def described(self) -> dict[str, Any]:
+    def described(self, aim: Aim) -> dict[str, Any]:
         """Return the full configuration: every setting that the result depends on."""
+        row = ROWS[self.row]
         return {
             **described(self.data, self.sizes, self.training),
-            "row": self.row, "strength": self.strength, "targets": self.targets,
+            "row": {"name": self.row, **row.described}, "strength": self.strength, "targets": self.targets,
+            "attacks": {name: ATTACKS[name].described(aim) for name in row.attacks},
         }  # fmt: skip
 
 
@@ -108,7 +112,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
                 "strength": strength,
             }  # fmt: skip
             call = partial(run_trial, trial, options.data_dir)
-            found.append(Task("protection_grid", trial.described(), command, labels, call))
+            found.append(Task("protection_grid", trial.described(aim_of(splits, seed)), command, labels, call))
     return found
 
 
@@ -120,9 +124,10 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         begun = time.perf_counter()
         utility = evaluate(reached.chain, splits.test.x, splits.test.y)
         seconds = {"epoch": reached.epoch, "test": time.perf_counter() - begun}
-        own = splits.auxiliary.subset(torch.arange(reached.queries or len(splits.auxiliary)))
+        queries = min(QUERIES, len(splits.auxiliary)) if ROWS[trial.row].sealed else len(splits.auxiliary)
+        own = splits.auxiliary.subset(torch.arange(queries))
         attacks = attack_victim(
-            reached.attacks, reached.seen, replace(splits, auxiliary=own), training, targets=trial.targets,
+            ROWS[trial.row].attacks, reached.seen, replace(splits, auxiliary=own), training, targets=trial.targets,
             releases=reached.releases,
         )  # fmt: skip
         leakage = [*attacks.leakage, reached.labels, _membership(reached.chain, splits)]
