@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attacks import LabelGuess
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.label_ingredients import LABEL_ATTACKS, LABEL_PROTECTIONS
-from experiments.names import find
+from experiments.names import at_strengths, find
 from experiments.parts import LabelAim, LabelShield, told
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
@@ -170,7 +170,9 @@ def tasks(config: Config, options: Options) -> list[Task]:
     loaded = load_splits(options.data, options.data_dir, sizes=sizes)
     if loaded.private.kind == "tokens":
         raise ValueError(f"expected inputs that are numbers, got {options.data}, which holds tokens")
-    protections = [pair for spec in config.protections for pair in _strengths(spec)]
+    protections = at_strengths(
+        "protection", config.protections, LABEL_PROTECTIONS, lambda one, strength: one.build(strength, 2)
+    )
     place = default_cut(loaded) if config.cut == "default" else config.cut
     base = Training(
         cut=place, epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, device=device
@@ -341,16 +343,6 @@ def _unknown(view: View, count: int) -> Tensor:
     if view.threat.hints:
         unknown[view.hints[0].cpu()] = False
     return unknown
-
-
-def _strengths(spec: str) -> list[tuple[str, str]]:
-    """Return (protection, strength) for ``name`` (all its strengths) or ``name:strength``."""
-    name, _, strength = spec.partition(":")
-    protection = find("protection", name, LABEL_PROTECTIONS)
-    strengths = (strength,) if strength else protection.strengths
-    for one in strengths:
-        protection.build(one, 2)  # a strength that it cannot have is an error now, not in the middle
-    return [(name, one) for one in strengths]
 
 
 LABEL_LEAKAGE = Experiment(

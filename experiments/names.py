@@ -1,12 +1,40 @@
 """Names that the user gives: the thing of that name, or one line that lists the near ones."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-__all__ = ["find", "unknown"]
+__all__ = ["at_strengths", "find", "unknown"]
 
 T = TypeVar("T")
+
+
+class Graded(Protocol):
+    """What there is at several strengths."""
+
+    @property
+    def strengths(self) -> tuple[str, ...]:
+        """The usual ones, weakest first."""
+
+
+G = TypeVar("G", bound=Graded)
+
+
+def at_strengths(
+    kind: str, specs: Iterable[str], among: Mapping[str, G], check: Callable[[G, str], object]
+) -> list[tuple[str, str]]:
+    """Return (name, strength) for each ``name`` (all its strengths) or ``name:strength``.
+
+    ``check(thing, strength)`` raises for a strength that it cannot have: an error now, and not in the middle.
+    """
+    found = []
+    for spec in specs:
+        name, _, strength = spec.partition(":")
+        thing = find(kind, name, among)
+        for one in (strength,) if strength else thing.strengths:
+            check(thing, one)
+            found.append((name, one))
+    return found
 
 
 def find(kind: str, name: str, among: Mapping[str, T]) -> T:

@@ -2,28 +2,39 @@
 
 from collections.abc import Iterable
 
+import torch
+
 from experiments.ingredients import PROTECTIONS
-from experiments.names import find
+from experiments.names import at_strengths
+from experiments.parts import Protection
 from splitlearn.data import Dataset
 
-__all__ = ["protections_for"]
+__all__ = ["named_protections", "protections_for"]
+
+CHANNELS = 8  # of activations that a protection's layers are tried on
+
+
+def named_protections(specs: Iterable[str]) -> list[tuple[str, str]]:
+    """Return (name, strength) of each ``name`` (all its strengths) or ``name:strength``.
+
+    Raises ``LookupError`` for an unknown name, ``ValueError`` for a strength that it cannot have.
+    """
+    return at_strengths("protection", specs, PROTECTIONS, _build)
 
 
 def protections_for(specs: Iterable[str], private: Dataset) -> list[tuple[str, str]]:
-    """Return (name, strength) of each ``name`` (all its strengths) or ``name:strength``.
-
-    Raises ``LookupError`` for an unknown name, ``ValueError`` for a strength that it cannot have, and for protections
-    that do nothing to inputs of this kind.
-    """
-    found = []
-    for spec in specs:
-        name, _, strength = spec.partition(":")
-        protection = find("protection", name, PROTECTIONS)
-        if private.kind not in protection.inputs:
+    """Return the same, and raise ``ValueError`` for protections that do nothing to inputs of this kind."""
+    found = named_protections(specs)
+    for name, _ in found:
+        if private.kind not in PROTECTIONS[name].inputs:
             raise ValueError(
                 f"expected protections that work on {private.kind}, which {private.name} holds, got {name}; drop it"
             )
-        for one in (strength,) if strength else protection.strengths:
-            protection.build(one)
-            found.append((name, one))
     return found
+
+
+def _build(protection: Protection, strength: str) -> None:
+    shield = protection.build(strength)
+    if shield.layers is not None:
+        with torch.random.fork_rng(devices=[]):
+            shield.layers(CHANNELS)

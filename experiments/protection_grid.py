@@ -12,10 +12,10 @@ import torch
 from attacks import LossThreshold
 from experiments.encrypted import Setup, encrypted_cut
 from experiments.experiment import Experiment, Options, reproduction
-from experiments.grid_rows import QUERIES, ROWS, Seen
+from experiments.grid_rows import QUERIES, ROWS, Row, Seen
 from experiments.ingredients import ATTACKS
-from experiments.names import find
-from experiments.parts import Aim
+from experiments.names import at_strengths, find
+from experiments.parts import Aim, number
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.scoring import aim_of, attack_victim
@@ -82,11 +82,7 @@ class Trial:
 def tasks(config: Config, options: Options) -> list[Task]:
     """Return one task for each row, strength and seed; every name and number is checked first."""
     find("data set", options.data, DATASETS)
-    chosen = []
-    for spec in config.rows:
-        name, _, strength = spec.partition(":")
-        row = find("row", name, ROWS)
-        chosen += [(name, one) for one in ((strength,) if strength else row.strengths)]
+    chosen = at_strengths("row", config.rows, ROWS, _check_strength)
     if not chosen:
         raise ValueError(f"expected at least one row among {', '.join(ROWS)}, got none")
     sizes = sizes_of(options.data, private=config.private)
@@ -114,6 +110,13 @@ def tasks(config: Config, options: Options) -> list[Task]:
             call = partial(run_trial, trial, options.data_dir)
             found.append(Task("protection_grid", trial.described(aim_of(splits, seed)), command, labels, call))
     return found
+
+
+def _check_strength(row: Row, strength: str) -> None:
+    if row.strengths == ("",) and strength:
+        raise ValueError(f"expected a row with no strength, got {strength!r}: {row.summary}")
+    if strength and number(strength, "a strength") <= 0:
+        raise ValueError(f"expected a strength above 0, got {strength}: {row.summary}")
 
 
 def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:

@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
 from experiments.names import find
 from experiments.parts import Aim, Shield
+from experiments.protected import named_protections
 from experiments.runner import Outcome, Task
 from experiments.scoring import Attacked, aim_of, attack_victim
 from experiments.training import (
@@ -32,7 +31,6 @@ from splitlearn.train import evaluate
 
 __all__ = ["TRADEOFF", "Config", "check_auxiliary"]
 
-CHANNELS = 4  # of layers that are built once, to see whether they can be
 LEAST_AUXILIARY = 16  # samples, of which an attack's networks train on some and are judged on others
 
 
@@ -114,7 +112,7 @@ def tasks(config: Config, options: Options, *, name: str = "tradeoff") -> list[T
     for option in ("protocols", "cuts", "protections"):
         if not getattr(config, option):
             raise ValueError(f"expected at least one of --{option}, got none; leave the option out for the default")
-    protections = [pair for spec in config.protections for pair in _strengths(spec)]
+    protections = named_protections(config.protections)
     if config.releases < 1:
         raise ValueError(f"expected --releases of 1 or more, got {config.releases}")
     device = device_of(options.device)
@@ -180,19 +178,6 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         delta=None if trained.claim is None else trained.claim.delta,
         accounts=[] if trained.claim is None else [str(trained.claim)],
     )  # fmt: skip
-
-
-def _strengths(spec: str) -> list[tuple[str, str]]:
-    """Return (protection, strength) for ``name`` (all its strengths) or ``name:strength``."""
-    name, _, strength = spec.partition(":")
-    protection = find("protection", name, PROTECTIONS)
-    strengths = (strength,) if strength else protection.strengths
-    for one in strengths:  # a strength that it cannot have is an error now, not in the middle
-        shield = protection.build(one)
-        if shield.layers is not None:
-            with torch.random.fork_rng(devices=[]):
-                shield.layers(CHANNELS)
-    return [(name, one) for one in strengths]
 
 
 def _applicable(protocol: str, protections: list[tuple[str, str]]) -> list[tuple[str, str]]:
