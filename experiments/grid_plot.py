@@ -54,9 +54,11 @@ def protection_grid(records: Sequence[Record], path: Path) -> Path | None:
         f"What protects what, and what that costs: {literal(setting.title)}", fontsize=14, fontweight="bold"
     )
     note = (
-        "Leakage: the worst attack on what the row's server really sees (inputs, labels) or on what users of the "
-        "model are answered (membership); 0 is an attacker who saw nothing, 1 is everything. Grey lines are Pareto "
-        "fronts: no row has both more accuracy and less leakage. Labels are strengths: of rows with an ε, that ε."
+        "Leakage: the best of the attacks that were tried on what the row's server holds (inputs, labels), or by a "
+        "threshold on the loss of what users of the model are answered (membership: with some hundred samples, "
+        "differences of .05 are chance); 0 is an attacker who saw nothing, 1 is everything. Grey lines are Pareto "
+        "fronts: no row has both more accuracy and less leakage. Labels are strengths: of rows with an ε, that ε. "
+        "Rows dp_… start from a model of public samples."
     )
     noted(figure, note, members)
     figure.draw_without_rendering()

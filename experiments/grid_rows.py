@@ -43,6 +43,13 @@ __all__ = ["QUERIES", "ROWS", "Reached", "Row", "Seen"]
 TRANSCRIPT = 1 << 28  # bytes that are kept of what crosses
 READ = 1024  # bytes of a ciphertext that the attack on inputs reads: all look like chance
 QUERIES = 100  # samples of its own that the attacker has cross as ciphertexts or shares
+STEPS = {
+    "he_u_dp": [
+        "the noised steps of its layer, which the server sees, are read by no attack here: they tell of a batch's "
+        "labels together, and of one sample no more than the ε allows"
+    ],
+    "he_encw": [],
+}
 RING = 2.0**63  # to which a share's whole numbers reach
 PUBLIC, PASSES, DELTA = 50, 1, 1e-5  # of the rows of differential privacy
 
@@ -155,7 +162,7 @@ def encrypted(way: str) -> Callable[[Training, Splits, str], Any]:
             ready.chain, _sealed(ready.stage, losses, nbytes, ready.visible, splits, ciphertexts), labels,
             statistics.median(lasted),
             claims=[] if ready.account is None else [ready.account.claim()],
-            notes=[f"the attack on inputs reads the first {READ} bytes of each sample's ciphertext"],
+            notes=[f"the attack on inputs reads the first {READ} bytes of each sample's ciphertext", *STEPS[way]],
         )  # fmt: skip
 
     return run

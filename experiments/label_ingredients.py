@@ -4,6 +4,7 @@ They stand in `splitlearn list`, in `--help`, and in the grid of `label_leakage`
 """
 
 from collections.abc import Callable
+from functools import cache
 
 from attacks import (
     CosineScores,
@@ -25,7 +26,7 @@ from defenses.labels import (
     Mixup,
 )
 from defenses.labels.observed import Observing
-from experiments.parts import LabelAim, LabelAttack, LabelProtection, LabelShield, number
+from experiments.parts import LabelAim, LabelAttack, LabelProtection, LabelShield, number, told
 from privacy.dp import ForwardCrossEntropy, LaplaceLabels, RandomisedResponse
 from splitlearn.frames import Kind
 
@@ -41,8 +42,8 @@ def untrained(aim: LabelAim) -> ModelCompletion:
 
 LABEL_ATTACKS: dict[str, LabelAttack] = {
     "norm": LabelAttack(
-        "norms of gradients: those of the rarer class are greater (Li et al. 2022)", lambda aim: NormScores(),
-        binary=True,
+        "norms of gradients: those of the rarer class are greater (Li et al. 2022)", lambda aim: NormScores(aim.rare),
+        binary=True, shares=True,
     ),
     "cosine": LabelAttack(
         "cosine of gradients with those of known positives (Li et al. 2022)", lambda aim: CosineScores(),
@@ -61,12 +62,12 @@ LABEL_ATTACKS: dict[str, LabelAttack] = {
         lambda aim: Similarity(aim.classes, seed=aim.seed),
     ),
     "spectral": LabelAttack(
-        "activations along their first singular direction (Sun et al. 2022)", lambda aim: Spectral(),
-        binary=True,
+        "activations along their first singular direction (Sun et al. 2022)", lambda aim: Spectral(aim.rare),
+        binary=True, hinted=1,
     ),
     "exploit": LabelAttack(
         "ExPLoit: a surrogate top and surrogate labels that make the gradients seen (Kariyappa & Qureshi 2021)",
-        lambda aim: ExPLoit(aim.classes, seed=aim.seed), hinted=1,
+        lambda aim: ExPLoit(aim.classes, prior=aim.shares or None, seed=aim.seed), hinted=1, shares=True,
     ),
     "head": LabelAttack(
         "own bottom as it is, a head on it from few known labels (Fu et al. 2022, without its semi-supervision)",
@@ -81,46 +82,60 @@ LABEL_ATTACKS: dict[str, LabelAttack] = {
 }  # fmt: skip
 
 
-def responded(strength: str, classes: int) -> LabelShield:
+def responded(strength: str, classes: int, seed: int) -> LabelShield:
     """Return label differential privacy by randomised response, answered once, with a loss that knows it."""
     mechanism = RandomisedResponse(number(strength, "an ε"), classes)
-    return LabelShield(labels=mechanism.label, loss=ForwardCrossEntropy(mechanism), epsilon=mechanism.epsilon)
+    return LabelShield(
+        labels=mechanism.label, loss=ForwardCrossEntropy(mechanism), epsilon=mechanism.epsilon,
+        settings=told(mechanism),
+        notes=("ε (δ = 0) to the change of one label: each is answered once, inputs are the other party's own",),
+    )  # fmt: skip
 
 
-def perturbed(strength: str, classes: int) -> LabelShield:
+def perturbed(strength: str, classes: int, seed: int) -> LabelShield:
     """Return labels that Laplace noise is added to at every step; the ε is that of one."""
-    return LabelShield(LaplaceLabels(number(strength, "an ε"), classes))
+    return LabelShield(
+        LaplaceLabels(number(strength, "an ε"), classes),
+        notes=("no ε is claimed: that of one step adds up over the epochs, in each of which a label is noised anew",),
+    )
 
 
-def observing(make: Callable[[float], Observing], what: str) -> Callable[[str, int], LabelShield]:
+def observing(make: Callable[[float], Observing], what: str) -> Callable[[str, int, int], LabelShield]:
     """Return what builds the shield of an owner who watches what enters its stage."""
 
-    def build(strength: str, classes: int) -> LabelShield:
+    def build(strength: str, classes: int, seed: int) -> LabelShield:
         one = make(number(strength, what))
-        return LabelShield(top=one.top, loss=one.loss)
+        return LabelShield(top=one.top, loss=one.loss, settings=told(one))
 
     return build
 
 
-def confused(strength: str, classes: int) -> LabelShield:
+@cache
+def confused(strength: str, classes: int, seed: int) -> LabelShield:
     """Return the confusional autoencoder's soft labels, and how outputs are read."""
-    code = CoAE.fitted(classes, number(strength, "a weight"))
-    return LabelShield(labels=code.labels, decode=code.decode)
+    code = CoAE.fitted(classes, number(strength, "a weight"), seed)
+    return LabelShield(labels=code.labels, decode=code.decode, settings=told(code))
+
+
+def with_passports(strength: str, classes: int, seed: int) -> LabelShield:
+    """Return secret passports in the owner's layers, others in every trial."""
+    passports = FedPass(number(strength, "a reach"), seed=seed)
+    return LabelShield(top=passports, settings=told(passports))
 
 
 LABEL_PROTECTIONS: dict[str, LabelProtection] = {
-    "none": LabelProtection("nothing: gradients as they are", "", ("",), lambda _, __: LabelShield(), "similarity"),
+    "none": LabelProtection("nothing: gradients as they are", "", ("",), lambda *_: LabelShield(), "similarity"),
     "marvell": LabelProtection(
         "Marvell: noise by class that hides best for its power (Li et al. 2022)", "power, of the gap's square",
-        ("1", "4"), lambda s, _: LabelShield(Marvell(number(s, "a strength"))), "similarity", binary=True,
+        ("1", "4"), lambda s, *_: LabelShield(Marvell(number(s, "a strength"))), "similarity", binary=True,
     ),
     "max_norm": LabelProtection(
         "max-norm: each gradient as long as the longest, in the mean (Li et al. 2022)", "", ("",),
-        lambda _, __: LabelShield(MaxNorm()), "cosine",
+        lambda *_: LabelShield(MaxNorm()), "cosine",
     ),
     "isotropic": LabelProtection(
         "Gaussian noise alike in all directions (Li et al. 2022)", "ratio to the longest gradient", ("1", "4"),
-        lambda s, _: LabelShield(Isotropic(number(s, "a ratio"))), "similarity",
+        lambda s, *_: LabelShield(Isotropic(number(s, "a ratio"))), "similarity",
     ),
     "label_dp": LabelProtection(
         "randomised response on labels, once, with a loss that knows it", "ε", ("1", "4"), responded, "clustering",
@@ -143,7 +158,7 @@ LABEL_PROTECTIONS: dict[str, LabelProtection] = {
     ),
     "fedpass": LabelProtection(
         "FedPass: secret passports scale and shift the owner's layers (Gu et al. 2023)", "reach of the passports",
-        ("10",), lambda s, _: LabelShield(top=FedPass(number(s, "a reach"), seed=0)), "completion",
+        ("10",), with_passports, "completion",
     ),
     "mixup": LabelProtection(
         "mixup of activations and labels at the owner (Zhang et al. 2018)", "alpha", ("1",),

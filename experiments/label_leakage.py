@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from attacks import LabelGuess
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.label_ingredients import LABEL_ATTACKS, LABEL_PROTECTIONS
 from experiments.names import at_strengths, find
-from experiments.parts import LabelAim, LabelShield, told
+from experiments.parts import LabelAim, LabelAttack, LabelShield, told
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.setups import UNLABELLED, counted
@@ -38,12 +38,13 @@ from splitlearn.party import Learner
 from splitlearn.protocols import concatenated, u_shaped, vertical
 from splitlearn.remote import Remote, wire
 from splitlearn.service import Service
-from splitlearn.threat import Encoder, Grants, View, observe
+from splitlearn.threat import Encoder, Grants, observe
 from splitlearn.train import Batches, Predictor, epochs_of, fit, predict
 from splitlearn.wire import Framed, Metered, Recorded, serve
 
 __all__ = ["EPOCHS", "LABEL_LEAKAGE", "SEATS", "TASKS", "Config"]
 
+LEAST = 4  # samples in a batch, of which there is a distance correlation
 BLIND = ("accuracy", "leak_auc")  # of who lacks what training left
 EPOCHS = "epochs"  # the trace of the epochs that were attacked; one trace an attack holds its advantage at each
 TASKS: dict[str, Callable[[Tensor], Tensor] | None] = {
@@ -100,13 +101,14 @@ class Trial:
 
     def described(self, classes: int) -> dict[str, Any]:
         """Return the full configuration: every setting that the result depends on."""
-        shield = LABEL_PROTECTIONS[self.protection].build(self.strength, classes)
+        shield = LABEL_PROTECTIONS[self.protection].build(self.strength, classes, 0)  # the seed stands apart
         aim = LabelAim(classes, self.hints, seed=0)
         return {
             **described(self.data, self.sizes, self.training),
             "seat": self.seat, "task": self.task, "attacked": list(self.attacked), "hints": self.hints,
-            "protection": {"name": self.protection, "strength": self.strength, "guard": repr(shield.guard)},
-            "attacks": {name: told(LABEL_ATTACKS[name].build(aim)) for name in self.attacks},
+            "protection": {"name": self.protection, "strength": self.strength, "guard": repr(shield.guard)}
+            | {"settings": shield.settings, "loss": told(shield.loss) if shield.epsilon is not None else ""},
+            "attacks": {name: _described(LABEL_ATTACKS[name], aim, self.seat) for name in self.attacks},
         }  # fmt: skip
 
 
@@ -171,7 +173,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
     if loaded.private.kind == "tokens":
         raise ValueError(f"expected inputs that are numbers, got {options.data}, which holds tokens")
     protections = at_strengths(
-        "protection", config.protections, LABEL_PROTECTIONS, lambda one, strength: one.build(strength, 2)
+        "protection", config.protections, LABEL_PROTECTIONS, lambda one, strength: one.build(strength, 2, 0)
     )
     place = default_cut(loaded) if config.cut == "default" else config.cut
     base = Training(
@@ -183,6 +185,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
         cut(build_model(splits, seed=0), place)
         classes = splits.private.num_classes
         fits = [name for name in config.attacks if classes == 2 or not LABEL_ATTACKS[name].binary]
+        _check_counts(config, splits, fits, protections)
         for seat in config.seats:
             for protection, strength in protections:
                 if LABEL_PROTECTIONS[protection].binary and classes != 2:
@@ -229,7 +232,7 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     private, classes = splits.private, splits.private.num_classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed + 5)
-        shield = LABEL_PROTECTIONS[trial.protection].build(trial.strength, classes)
+        shield = LABEL_PROTECTIONS[trial.protection].build(trial.strength, classes, training.seed)
         trained_on = shield.labels(private.y)
         seat = SEATS[trial.seat](training, splits, shield)
     ids, order = torch.arange(len(private)), list[Tensor]()
@@ -263,8 +266,8 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     nbytes = counted([seat.meter])
     logits = shield.decode(predict(seat.chain, splits.test.x))
     protection = LABEL_PROTECTIONS[trial.protection]
-    knows = {name: LABEL_ATTACKS[name].threat(trial.seat, trial.hints).in_words() for name in trial.attacks}
-    notes = [f"loss of the last epoch: {losses[-1]:.4f}", f"strength: {protection.unit}"]
+    knows = {name: _known(LABEL_ATTACKS[name], trial) for name in trial.attacks}
+    notes = [f"loss of the last epoch: {losses[-1]:.4f}", *shield.notes]
     return Outcome(
         utility=utility(logits, splits.test.y.to(logits.device)), seconds=seconds, nbytes=nbytes,
         leakage=[max(leaks, key=lambda leak: leak.advantage) for leaks in by_attack.values()],
@@ -273,7 +276,7 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         traces={EPOCHS: [float(at) for at in trial.attacked]}
         | {name: [leak.advantage for leak in leaks] for name, leaks in by_attack.items()},
         epsilon=shield.epsilon, delta=None if shield.epsilon is None else 0.0,
-        notes=notes if protection.unit else notes[:1],
+        notes=[*notes, f"strength: {protection.unit}"] if protection.unit else notes,
     )  # fmt: skip
 
 
@@ -290,31 +293,32 @@ def _attacked(
 ) -> Leakage:  # fmt: skip
     """Return what one attack gets of the labels from one epoch's traffic; hinted samples are not counted.
 
-    Where the same attack gets labels without what training left (a fresh bottom, in place of the trained one), the
-    advantage is over that; it is run once a trial, and kept in ``blind_scores``.
+    Where an attack gets labels without what training left (from a fresh bottom, in place of the trained one), the
+    advantage is over what that gets with the same hints; it is run once an epoch, and kept in ``blind_scores``.
     """
     attack, private, rows = LABEL_ATTACKS[name], splits.private, torch.cat(list(order))
     threat, y, device = attack.threat(trial.seat, trial.hints), private.y[rows], trial.training.device
     grants = Grants(encoder=Encoder(seat.bottom), own_x=private.x[rows].to(device), y=y.to(device))
     view = observe(seat.record, threat=threat, grants=grants, device=device)
     fresh = _FreshBottom(splits, trial.training.cut)
-    aim = LabelAim(private.num_classes, trial.hints, trial.training.seed * 100 + epoch, fresh)
-    unknown = _unknown(view, len(y))
-    sizes = [int(part.sum()) for part in unknown.split([len(one) for one in order])]
+    shares = torch.bincount(splits.auxiliary.y, minlength=private.num_classes).double().clamp(min=1)
+    public = tuple((shares / shares.sum()).tolist()) if attack.shares else ()
+    aim = LabelAim(private.num_classes, trial.hints, trial.training.seed * 100 + epoch, fresh, public)
+    known = view.hints[0] if view.threat.hints else None
 
     def scored(guess: LabelGuess) -> LeakageScore:
         return score_labels(
-            None if guess.labels is None else guess.labels.cpu()[unknown], y[unknown], num_classes=private.num_classes,
-            scores=None if guess.scores is None else guess.scores.cpu()[unknown], sizes=sizes, named=guess.named,
+            None if guess.labels is None else guess.labels.cpu(), y, num_classes=private.num_classes,
+            scores=guess.scores, sizes=[len(one) for one in order], named=guess.named, known=known,
         )  # fmt: skip
 
     guess = attack.build(aim)(view)
     score = scored(guess)
     advantage, baselines = score.advantage, dict(score.baselines)
     if attack.blind is not None:
-        if attack.blind not in blind_scores:
-            blind_scores[attack.blind] = scored(attack.blind(aim)(view))
-        blind = blind_scores[attack.blind]
+        if (attack.blind, epoch) not in blind_scores:
+            blind_scores[attack.blind, epoch] = scored(attack.blind(aim)(view))
+        blind = blind_scores[attack.blind, epoch]
         advantage = accuracy_advantage(advantage, blind.advantage)
         baselines |= {f"{metric}_fresh_bottom": value for metric, value in blind.metrics.items() if metric in BLIND}
     return Leakage(
@@ -338,11 +342,39 @@ class _FreshBottom:
         return cut(build_model(self.splits, seed=int(torch.randint(1 << 31, ()))), self.cut)[0]
 
 
-def _unknown(view: View, count: int) -> Tensor:
-    unknown = torch.ones(count, dtype=torch.bool)
-    if view.threat.hints:
-        unknown[view.hints[0].cpu()] = False
-    return unknown
+def _known(attack: LabelAttack, trial: Trial) -> list[str]:
+    """Return what an attack sees and knows, a line each."""
+    shares = ["how frequent each class is"] if attack.shares else []
+    return [*attack.threat(trial.seat, trial.hints).in_words(), *shares]
+
+
+def _described(attack: LabelAttack, aim: LabelAim, seat: str) -> dict[str, Any]:
+    """Return what an attack's result depends on, as built for seed 0."""
+    threat = asdict(attack.threat(seat, aim.hints))
+    return {
+        "attack": told(attack.build(aim)), "threat": {**threat, "sees": sorted(threat["sees"])},
+        "shares": attack.shares, "blind": "" if attack.blind is None else told(attack.blind(aim)),
+    }  # fmt: skip
+
+
+def _check_counts(
+    config: Config, splits: Splits, attacks: Sequence[str], protections: Sequence[tuple[str, str]]
+) -> None:
+    """Refuse more hints than there are samples, and batches that no score or penalty is defined on."""
+    fewest = int(torch.bincount(splits.private.y, minlength=splits.private.num_classes).min())
+    for name in attacks:
+        if (hinted := LABEL_ATTACKS[name].hinted * config.hints) >= fewest > 0:
+            raise ValueError(
+                f"expected fewer hints a class than the {fewest} samples of the rarest, got {hinted} for {name}; lower "
+                "--hints, or leave it out"
+            )
+    least = LEAST if any(name == "label_dcor" for name, _ in protections) else 2
+    last = len(splits.private) % config.batch_size or config.batch_size
+    if min(last, config.batch_size) < least:
+        raise ValueError(
+            f"expected batches of {least} samples or more, the last one too, got {min(last, config.batch_size)}; "
+            "change --batch-size or --private"
+        )
 
 
 LABEL_LEAKAGE = Experiment(

@@ -31,6 +31,8 @@ def at_strengths(
     for spec in specs:
         name, _, strength = spec.partition(":")
         thing = find(kind, name, among)
+        if strength and thing.strengths == ("",):
+            raise ValueError(f"expected the {kind} {name} without a strength, got {strength!r}; leave it out")
         for one in (strength,) if strength else thing.strengths:
             check(thing, one)
             found.append((name, one))

@@ -69,19 +69,21 @@ class LabelShield:
     labels: Callable[[Tensor], Tensor] = _as_they_are
     decode: Callable[[Tensor], Tensor] = _as_they_are
     epsilon: float | None = None  # to the change of one label, where there is a proof
+    settings: str = ""  # of what is no guard, in a trial's configuration
+    notes: tuple[str, ...] = ()  # what its ε is to, and what it does not cover
 
 
 @dataclass(frozen=True)
 class LabelProtection:
     """A protection of labels at several strengths, weakest first.
 
-    ``build(strength, classes)`` makes the shield; ``broken_by`` names the attack that knows it.
+    ``build(strength, classes, seed)`` makes the shield; ``broken_by`` names the attack that knows it.
     """
 
     summary: str
     unit: str
     strengths: tuple[str, ...]
-    build: Callable[[str, int], LabelShield]
+    build: Callable[[str, int, int], LabelShield]
     broken_by: str
     binary: bool = False  # whether it is defined for two classes alone
 
@@ -94,6 +96,12 @@ class LabelAim:
     hints: int
     seed: int
     bottom: Callable[[], nn.Module] = nn.Identity  # builds a fresh one of the client's architecture
+    shares: tuple[float, ...] = ()  # of the classes, which are public
+
+    @property
+    def rare(self) -> int:
+        """Of two classes, the rarer one."""
+        return 0 if len(self.shares) == 2 and self.shares[0] < self.shares[1] else 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,8 @@ class LabelAttack:
     build: Callable[[LabelAim], Any]
     hinted: int = 0  # times the hints that the experiment grants; 0: it needs none
     own_inputs: bool = False  # whether it must hold inputs and bottom itself
-    blind: Callable[[LabelAim], Any] | None = None  # the same without what training left: what it gets is no leakage
+    blind: Callable[[LabelAim], Any] | None = None  # an attack without what training left: what that gets is no leakage
+    shares: bool = False  # whether it knows how frequent each class is
     binary: bool = False  # whether it is for two classes alone
 
     @property

@@ -93,7 +93,12 @@ def tasks(config: Config, options: Options) -> list[Task]:
     place = encrypted_cut(build_model(splits, seed=0)) if config.cut == "default" else config.cut
     # On the CPU: ciphertexts and shares are, and seconds are to be compared.
     base = Training(cut=place, epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, device="cpu")
-    Setup(splits, base).parts()  # an impossible cut is told of now
+    _, _, head = Setup(splits, base).parts()  # an impossible cut is told of now
+    if list(head.parameters()):
+        raise ValueError(
+            f"expected a cut below the last layer with weights, of whose gradient labels are read, got {place}; "
+            f"use --cut {encrypted_cut(build_model(splits, seed=0))}"
+        )
     found = []
     for name, strength in chosen:
         own = replace(base, optimizer="sgd", lr=config.sgd_lr) if name in BY_SGD else base
@@ -113,8 +118,6 @@ def tasks(config: Config, options: Options) -> list[Task]:
 
 
 def _check_strength(row: Row, strength: str) -> None:
-    if row.strengths == ("",) and strength:
-        raise ValueError(f"expected a row with no strength, got {strength!r}: {row.summary}")
     if strength and number(strength, "a strength") <= 0:
         raise ValueError(f"expected a strength above 0, got {strength}: {row.summary}")
 

@@ -11,22 +11,31 @@ from splitlearn.metrics import LeakageScore, accuracy_advantage, auc, membership
 
 __all__ = ["clopper_pearson", "leak_auc", "matched", "score_labels", "score_membership", "tpr_at_fpr"]
 
+SHUFFLES = 10  # of clusters, for what chance gets
 RARE_FPR_NON_MEMBERS = 10_000  # below which a true positive rate at 0.1 % false ones says nothing
 
 
 def score_labels(
     guessed: Tensor | None, y: Tensor, *, num_classes: int, scores: Tensor | None = None, sizes: Sequence[int] = (),
-    named: bool = True,
+    named: bool = True, known: Tensor | None = None,
 ) -> LeakageScore:  # fmt: skip
     """Return accuracy of the guesses [N] at ``y`` [N], and leak AUC of ``scores`` [N] within batches of ``sizes``.
 
     Where classes have no names for the attacker (``named=False``: clusters), the best assignment of names counts
-    (Hungarian matching). The baseline is the share of the commonest label, .5 for an AUC. The advantage is that of the
-    mean leak AUC, 2·AUC − 1, where there are scores, and else that of the accuracy. ``scores`` are for two classes,
-    higher for label 1. Raises ``ValueError`` where neither guesses nor scores are given, or no batch has both labels.
+    (Hungarian matching), also of as many clusters drawn at random, which is then a baseline (``accuracy_shuffled``).
+    Else it is the share of the commonest label, and .5 for an AUC. The advantage is that of the mean leak AUC,
+    2·AUC − 1, where there are scores, and else that of the accuracy. ``scores`` are for two classes, higher for label
+    1. Samples at the places ``known`` [m], whose labels the attack was told, are not counted. Raises ``ValueError``
+    where neither guesses nor scores are given, or no batch has both labels.
     """
     if guessed is None and scores is None:
         raise ValueError("expected guesses or scores, got neither; an attack returns at least one of them")
+    if known is not None:
+        counted = torch.ones(len(y), dtype=torch.bool)
+        counted[known.cpu()] = False
+        sizes = [int(part.sum()) for part in counted.split(list(sizes) or [len(y)])]
+        guessed, scores = (one if one is None else one.cpu()[counted] for one in (guessed, scores))
+        y = y.cpu()[counted]
     metrics, baselines, advantage = {}, {}, 0.0
     if guessed is not None:
         if guessed.shape != y.shape or not len(y):
@@ -37,7 +46,9 @@ def score_labels(
         names = guessed if named else matched(guessed, y, num_classes)
         metrics["accuracy"] = (names.cpu() == y.cpu()).double().mean().item()
         baselines["accuracy_majority"] = torch.bincount(y).max().item() / len(y)
-        advantage = accuracy_advantage(metrics["accuracy"], baselines["accuracy_majority"])
+        if not named:
+            baselines["accuracy_shuffled"] = _shuffled(guessed.cpu(), y.cpu(), num_classes)
+        advantage = accuracy_advantage(metrics["accuracy"], max(baselines.values()))
     if scores is not None:
         found = leak_auc(scores, y, sizes)
         metrics |= found
@@ -83,12 +94,21 @@ def matched(clusters: Tensor, y: Tensor, num_classes: int) -> Tensor:
     return names[clusters.cpu()]
 
 
+def _shuffled(clusters: Tensor, y: Tensor, num_classes: int) -> float:
+    """Return the mean accuracy of these clusters in a random order, by the best names."""
+    draws = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(y), generator=draws) for _ in range(SHUFFLES)]
+    found = [(matched(clusters[order], y, num_classes) == y).double().mean().item() for order in orders]
+    return sum(found) / len(found)
+
+
 def score_membership(members: Tensor, others: Tensor, *, confidence: float = 0.95) -> LeakageScore:
     """Return AUC and true positive rates at small false positive rates of scores, higher for members.
 
     (Carlini et al. 2022, "Membership inference attacks from first principles", arXiv:2112.03570.) ``members`` [M] and
-    ``others`` [N]. Rates stand with Clopper–Pearson bounds (``…_low``, ``…_high``) at ``confidence``; that at 0.1 % is
-    given only with 10,000 others or more.
+    ``others`` [N]. Rates stand with Clopper–Pearson bounds (``…_low``, ``…_high``) at ``confidence``, which take the
+    threshold as given; it is set by the others, so that with few of them the truth is less sure. Below 100 others the
+    rate at 1 % is that at no false positive. That at 0.1 % is given only with 10,000 others or more.
     """
     scores = torch.cat([members, others]).double().cpu()
     truth = torch.cat([torch.ones(len(members)), torch.zeros(len(others))]).long()

@@ -52,7 +52,9 @@ def test_every_attack_is_scored_at_each_epoch(name: str, seat: str, monkeypatch:
     assert leak.advantage == max(outcome.traces[name])
     assert {"accuracy", "leak_auc"} & set(leak.metrics)
     assert leak.baselines
-    assert outcome.visible[f"attacker ({name})"] == LABEL_ATTACKS[name].threat(seat, 1).in_words()
+    knows = outcome.visible[f"attacker ({name})"]
+    assert set(LABEL_ATTACKS[name].threat(seat, 1).in_words()) <= set(knows)
+    assert ("how frequent each class is" in knows) is LABEL_ATTACKS[name].shares
 
 
 @pytest.mark.parametrize("name", LABEL_PROTECTIONS)
@@ -102,6 +104,10 @@ def test_tasks_of_two_classes_come_from_ten() -> None:
         ({"attacked": (9,)}, "--attacked epochs from 1 to 2"),
         ({"tasks": ("odd",)}, "no task is named 'odd'"),
         ({"seats": ("owner",)}, "no seat is named 'owner'"),
+        ({"hints": 60}, "fewer hints a class than the"),
+        ({"batch_size": 1}, "batches of 2 samples or more"),
+        ({"protections": ("label_dcor",), "private": 130}, "batches of 4 samples or more"),
+        ({"protections": ("max_norm:7",)}, "max_norm without a strength"),
         ({"protections": ("marvell:x",)}, "expected a strength, got 'x'"),
         ({"tasks": ("classes",), "protections": ("marvell",)}, "add --tasks rare"),
     ],
@@ -128,6 +134,22 @@ def test_the_report_shows_leakage_by_epoch_beside_utility(tmp_path: Path) -> Non
     assert table is not None
     assert [row[1] for row in table.rows] == ["unprotected", "max_norm"]
     assert all(row[4].startswith("1: ") and ", 2: " in row[4] for row in table.rows)
+
+
+def test_a_trials_identity_holds_the_settings_of_attack_and_protection(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(TOY, protections=("mixup:1",), attacks=("completion",))
+    (before,) = label_leakage.tasks(config, ONCE)
+    assert "alpha=1.0" in str(before.config)
+    monkeypatch.setitem(LABEL_ATTACKS, "completion", quick("completion"))
+    (after,) = label_leakage.tasks(config, ONCE)
+    assert after.trial != before.trial
+
+
+def test_what_a_fresh_bottom_gets_is_no_leakage() -> None:
+    (leak,) = outcome_of(replace(TOY, attacks=("completion",), epochs=1, attacked=(1,), private=0)).leakage
+    assert leak.metrics["leak_auc"] > 0.9
+    assert leak.baselines["leak_auc_fresh_bottom"] > 0.9
+    assert leak.advantage < 0.5
 
 
 def test_a_trial_is_the_same_twice() -> None:

@@ -220,3 +220,23 @@ def test_a_threat_says_in_words_what_it_knows_of_labels() -> None:
     assert "the labels of 1 private sample of each class" in Threat(hints=1).in_words()
     with pytest.raises(ValueError, match="0 or more labels of each class that are known, got -1"):
         Threat(hints=-1)
+
+
+def test_what_the_attack_was_told_is_not_counted_and_batches_shrink() -> None:
+    y = torch.tensor([0, 1, 0, 1, 1, 0])
+    scores = torch.tensor([0.0, 9.0, 5.0, 1.0, 4.0, 3.0])
+    told = score_labels(None, y, num_classes=2, scores=scores, sizes=[3, 3], known=torch.tensor([1, 2]))
+    assert told.metrics["batches_left_out"] == 1  # the first holds one label of 0 alone
+    assert told.metrics["leak_auc"] == pytest.approx(0.5)  # of 1 and 4 against 3
+    guessed = torch.tensor([1, 1, 1, 1, 1, 1])
+    assert score_labels(guessed, y, num_classes=2, known=torch.tensor([0, 2])).metrics["accuracy"] == 0.75
+
+
+def test_clusters_at_random_have_no_advantage() -> None:
+    draws = torch.Generator().manual_seed(3)
+    y = torch.randint(0, 40, (400,), generator=draws)
+    clusters = torch.randint(0, 40, (400,), generator=draws)
+    score = score_labels(clusters, y, num_classes=40, named=False)
+    assert score.baselines["accuracy_shuffled"] > 2 * score.baselines["accuracy_majority"]
+    assert score.advantage < 0.02
+    assert score_labels(y, y, num_classes=40, named=False).advantage == 1

@@ -74,9 +74,11 @@ def test_every_row_has_a_summary_and_strengths_that_are_checked() -> None:
         assert row.strengths, name
     with pytest.raises(LookupError, match="no row is named 'rot13'"):
         protection_grid.tasks(replace(TOY, rows=("rot13",)), ONCE)
-    for wrong, said in (("none:3", "with no strength, got '3'"), ("nopeek:x", "expected a strength, got 'x'")):
+    for wrong, said in (("none:3", "without a strength, got '3'"), ("nopeek:x", "expected a strength, got 'x'")):
         with pytest.raises(ValueError, match=said):
             protection_grid.tasks(replace(TOY, rows=(wrong,)), ONCE)
+    with pytest.raises(ValueError, match="use --cut relu4"):
+        protection_grid.tasks(replace(TOY, cut="flatten"), ONCE)
     with pytest.raises(ValueError, match="--targets between 1 and 128"):
         protection_grid.tasks(replace(TOY, targets=0), ONCE)
 
