@@ -18,23 +18,20 @@ from torch import Tensor
 from attacks import AttributeInference, Inference
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import PROTECTIONS, PROTOCOLS
-from experiments.names import find
+from experiments.names import find, spec_of
 from experiments.parts import Shield
-from experiments.protected import protections_for
+from experiments.protected import described_protection, protections_for
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.training import (
     Training,
-    build_model,
-    default_cut,
-    depths,
     described,
     device_of,
     load_splits,
+    places,
     sizes_of,
     warm_up,
 )
-from splitlearn.cut import cut
 from splitlearn.data import DATASETS, Dataset, Splits
 from splitlearn.metrics import accuracy, accuracy_advantage
 from splitlearn.threat import Grants, Threat, observe
@@ -91,12 +88,11 @@ class Trial:
 
     def described(self, classes: int) -> dict[str, Any]:
         """Return the full configuration: every setting that the result depends on."""
-        shield, setting = self.shield(), described(self.data, self.sizes, self.training)
+        setting = described(self.data, self.sizes, self.training)
         return {
             **setting,
             "sizes": {**setting["sizes"], "targets": self.targets},
-            "protection": {"name": self.protection, "strength": self.strength, "guard": repr(shield.guard)}
-            | ({"codec": shield.codec.name} if shield.codec else {}),
+            "protection": described_protection(self.protection, self.strength),
             "attribute": self.attribute,
             "attack": repr(AttributeInference(classes)),
         }
@@ -125,12 +121,12 @@ def tasks(config: Config, options: Options) -> list[Task]:
     device = device_of(options.device)
     base = Training(epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, device=device)
     found = []
-    for place in _cuts(config.cuts, known.splits):
+    for place in places(config.cuts, known.splits):
         for protection, strength in protections:
             for seed in options.seeds:
                 training = replace(base, cut=place, seed=seed)
                 trial = Trial(options.data, sizes, training, protection, strength, name, config.targets)
-                spec = f"{protection}:{strength}" if strength else protection
+                spec = spec_of(protection, strength)
                 alone = replace(config, attribute=name, cuts=(place,), protections=(spec,))
                 command = reproduction("attribute", alone, data=options.data, device=device, seed=seed)
                 labels = {
@@ -270,14 +266,6 @@ def _each(splits: Splits, change: Callable[[Dataset], Dataset]) -> Splits:
 def _decides(y: Tensor, attribute: Tensor) -> bool:
     """Return whether all samples of one label have one attribute."""
     return all(len(attribute[y == label].unique()) == 1 for label in y.unique().tolist())
-
-
-def _cuts(asked: tuple[str, ...], splits: Splits) -> list[str]:
-    usual = {"default": [default_cut(splits)], "depths": depths(splits)}
-    places = list(dict.fromkeys(place for one in asked for place in usual.get(one, [one])))
-    for place in places:
-        cut(build_model(splits, seed=0), place)
-    return places
 
 
 ATTRIBUTE = Experiment(

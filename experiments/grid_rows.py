@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from attacks import SentLabels
 from defenses import GaussianNoise, NoPeek
-from experiments.encrypted import WAYS, Ready, Setup, plain
-from experiments.he_overhead import ATTACKED, labels_read
+from experiments.encrypted import WAYS, Setup, plain
+from experiments.he_overhead import labels_read
 from experiments.mechanisms import MECHANISMS
 from experiments.parts import Shield, number
 from experiments.public_start import PrivateSGD, Start, public_model
 from experiments.record import Leakage
 from experiments.setups import counted
-from experiments.shares import SHARED_WAYS, Run, crossed
+from experiments.shares import SHARED_WAYS, crossed
 from experiments.timing import timed_epochs
 from experiments.training import Trained, Training
 from privacy.dp import Claim
@@ -35,7 +35,7 @@ from splitlearn.leakage import score_labels
 from splitlearn.party import Guard, Learner
 from splitlearn.protocols import vanilla
 from splitlearn.remote import wire
-from splitlearn.threat import Encoder, Threat, View, observe
+from splitlearn.threat import Encoder, Threat, observe
 from splitlearn.train import Predictor, predict
 
 __all__ = ["QUERIES", "ROWS", "Reached", "Row", "Seen"]
@@ -121,7 +121,7 @@ def shielded(shield: Callable[[str], Shield]) -> Callable[[Training, Splits, str
         losses, lasted = timed_epochs(ready.step, ready.batches, training.epochs)
         nbytes = counted([ready.line.meter])
         again = plain(setup, shield(strength))
-        labels = _labels(again, lambda: observe(again.line.record, threat=Threat()), splits)
+        labels = labels_read(again.step, again.batches, lambda: observe(again.line.record, threat=Threat()), splits)
         client = ready.chain[0]
         assert isinstance(client, Learner)
         encoder = Encoder(client.stage, client.guard, shield(strength).codec)
@@ -146,7 +146,7 @@ def encrypted(way: str) -> Callable[[Training, Splits, str], Any]:
         losses, lasted = timed_epochs(ready.step, ready.batches, training.epochs)
         nbytes = counted([ready.line.meter])
         again = WAYS[way].ready(setup)
-        labels = _labels(again, lambda: observe(again.line.record, threat=Threat()), splits)
+        labels = labels_read(again.step, again.batches, lambda: observe(again.line.record, threat=Threat()), splits)
 
         def ciphertexts(x: Tensor) -> Tensor:
             rows = []
@@ -183,7 +183,9 @@ def on_shares(training: Training, splits: Splits, strength: str) -> Iterator[Rea
     with Servers(remember=True) as servers:  # which is slower, and no part of the bill
         again = way.ready(setup, servers)
         servers.observed("server 0")  # the opening of the stage is no part of it
-        labels = _labels(again, lambda: observe(servers.observed("server 0"), threat=Threat()), splits)
+        labels = labels_read(
+            again.step, again.batches, lambda: observe(servers.observed("server 0"), threat=Threat()), splits
+        )
         assert again.stage is not None
         again.stage.load_weights(weights)
         client = run.chain[0]
@@ -244,15 +246,6 @@ ROWS: dict[str, Row] = {
     "he_encw": Row("activations, gradients and weights encrypted", ("",), encrypted("he_encw"), sealed=True),
     "mpc_2pc": Row("two servers on shares, the loss on shares too", ("",), on_shares, sealed=True),
 }  # fmt: skip
-
-
-def _labels(ready: Ready | Run, view: Callable[[], View], splits: Splits) -> Leakage:
-    """Return what the server reads of labels in the first batches of a training that is then given up."""
-    truth = []
-    for _, (x, y) in zip(range(ATTACKED), ready.batches, strict=False):
-        truth.append(y)
-        ready.step(x, y)
-    return labels_read(view(), torch.cat(truth), splits)
 
 
 def _sent(start: Start, guard: Guard | None) -> Leakage:

@@ -3,6 +3,7 @@
 import statistics
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import inf, isinf
@@ -36,7 +37,7 @@ from splitlearn.metrics import accuracy_advantage
 from splitlearn.threat import Threat, View, observe
 from splitlearn.train import evaluate
 
-__all__ = ["ATTACKED", "HE_OVERHEAD", "Config", "labels_read"]
+__all__ = ["HE_OVERHEAD", "Config", "labels_read"]
 
 ATTACKED = 4  # batches that the label attack reads
 TRANSCRIPT = 1 << 32  # bytes that are kept of them
@@ -222,25 +223,33 @@ def _leakage(trial: Trial, splits: Splits) -> list[Leakage]:
         trial.config.delta, trial.config.clip, trial.config.dp_lr, TRANSCRIPT,
     )  # fmt: skip
     ready = WAYS[trial.way].ready(setup)
-    labels: list[Tensor] = []
-    for _, (x, y) in zip(range(ATTACKED), ready.batches, strict=False):
-        labels.append(y)
-        ready.step(x, y)
-    view = observe(ready.line.record, threat=Threat())
-    truth = torch.cat(labels)
     if not ready.read_by_logits:
         return []  # weights above the server's layer: the gradient that crosses is not that of the logits
-    return [labels_read(view, truth, splits)]
+    return [labels_read(ready.step, ready.batches, lambda: observe(ready.line.record, threat=Threat()), splits)]
 
 
-def labels_read(view: View, truth: Tensor, splits: Splits) -> Leakage:
-    """Return what a server reads of the labels in gradients of the outputs; ``truth`` is -1 where a row is padding."""
+def labels_read(
+    step: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    view: Callable[[], View],
+    splits: Splits,
+) -> Leakage:
+    """Return what a server reads of the labels in gradients of the outputs, in the first batches of a training.
+
+    The training is then given up. A label is -1 where a row is padding.
+    """
+    labels = []
+    for _, (x, y) in zip(range(ATTACKED), batches, strict=False):
+        labels.append(y)
+        step(x, y)
+    truth = torch.cat(labels)
     kept = truth >= 0
     share = splits.auxiliary.y.bincount(minlength=splits.private.num_classes).argmax()
     guess = float((truth[kept] == share).double().mean())
     try:
-        told = DirectLabels()(view).labels
-        score = guess if told is None else float((told[kept] == truth[kept]).double().mean())
+        told = DirectLabels()(view()).labels
+        assert told is not None
+        score = float((told[kept] == truth[kept]).double().mean())
         details = {}
     except LookupError:
         score, details = guess, {"why": "no gradient crosses in the clear: nothing to read"}

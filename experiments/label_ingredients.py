@@ -85,9 +85,9 @@ LABEL_ATTACKS: dict[str, LabelAttack] = {
 def responded(strength: str, classes: int, seed: int) -> LabelShield:
     """Return label differential privacy by randomised response, answered once, with a loss that knows it."""
     mechanism = RandomisedResponse(number(strength, "an ε"), classes)
+    loss = ForwardCrossEntropy(mechanism)
     return LabelShield(
-        labels=mechanism.label, loss=ForwardCrossEntropy(mechanism), epsilon=mechanism.epsilon,
-        settings=told(mechanism),
+        labels=mechanism.label, loss=loss, epsilon=mechanism.epsilon, settings=told(loss),
         notes=("ε (δ = 0) to the change of one label: each is answered once, inputs are the other party's own",),
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from attacks import LabelGuess
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.label_ingredients import LABEL_ATTACKS, LABEL_PROTECTIONS
-from experiments.names import at_strengths, find
-from experiments.parts import LabelAim, LabelAttack, LabelShield, told
+from experiments.names import at_strengths, find, spec_of
+from experiments.parts import LabelAim, LabelAttack, LabelShield, Shield
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
+from experiments.scoring import fresh_bottom
 from experiments.setups import UNLABELLED, counted
 from experiments.training import (
     Training,
@@ -107,8 +108,8 @@ class Trial:
             **described(self.data, self.sizes, self.training),
             "seat": self.seat, "task": self.task, "attacked": list(self.attacked), "hints": self.hints,
             "protection": {"name": self.protection, "strength": self.strength, "guard": repr(shield.guard)}
-            | {"settings": shield.settings, "loss": told(shield.loss) if shield.epsilon is not None else ""},
-            "attacks": {name: _described(LABEL_ATTACKS[name], aim, self.seat) for name in self.attacks},
+            | {"settings": shield.settings},
+            "attacks": {name: LABEL_ATTACKS[name].described(aim, self.seat) for name in self.attacks},
         }  # fmt: skip
 
 
@@ -196,7 +197,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
                     trial = Trial(
                         options.data, sizes, training, seat, task, protection, strength, names, attacked, config.hints
                     )
-                    spec = f"{protection}:{strength}" if strength else protection
+                    spec = spec_of(protection, strength)
                     alone = replace(config, seats=(seat,), tasks=(task,), protections=(spec,), cut=place)
                     command = reproduction("label_leakage", alone, data=options.data, device=device, seed=seed)
                     labels = {
@@ -300,7 +301,7 @@ def _attacked(
     threat, y, device = attack.threat(trial.seat, trial.hints), private.y[rows], trial.training.device
     grants = Grants(encoder=Encoder(seat.bottom), own_x=private.x[rows].to(device), y=y.to(device))
     view = observe(seat.record, threat=threat, grants=grants, device=device)
-    fresh = _FreshBottom(splits, trial.training.cut)
+    fresh = fresh_bottom(trial.training.cut, splits, Shield())
     shares = torch.bincount(splits.auxiliary.y, minlength=private.num_classes).double().clamp(min=1)
     public = tuple((shares / shares.sum()).tolist()) if attack.shares else ()
     aim = LabelAim(private.num_classes, trial.hints, trial.training.seed * 100 + epoch, fresh, public)
@@ -331,30 +332,10 @@ def _attacked(
     )
 
 
-@dataclass(frozen=True)
-class _FreshBottom:
-    """Builds an untrained bottom of the client's architecture, weights drawn from torch's global generator."""
-
-    splits: Splits = field(repr=False)
-    cut: str
-
-    def __call__(self) -> nn.Module:
-        return cut(build_model(self.splits, seed=int(torch.randint(1 << 31, ()))), self.cut)[0]
-
-
 def _known(attack: LabelAttack, trial: Trial) -> list[str]:
     """Return what an attack sees and knows, a line each."""
     shares = ["how frequent each class is"] if attack.shares else []
     return [*attack.threat(trial.seat, trial.hints).in_words(), *shares]
-
-
-def _described(attack: LabelAttack, aim: LabelAim, seat: str) -> dict[str, Any]:
-    """Return what an attack's result depends on, as built for seed 0."""
-    threat = asdict(attack.threat(seat, aim.hints))
-    return {
-        "attack": told(attack.build(aim)), "threat": {**threat, "sees": sorted(threat["sees"])},
-        "shares": attack.shares, "blind": "" if attack.blind is None else told(attack.blind(aim)),
-    }  # fmt: skip
 
 
 def _check_counts(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attacks import LiRA, LogitPoint, LossThreshold, halves
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import PROTECTIONS
-from experiments.names import find
+from experiments.names import find, spec_of
 from experiments.parts import Shield
 from experiments.protected import protections_for
 from experiments.record import Leakage
@@ -105,7 +105,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
             trial = Trial(
                 options.data, sizes, training, protection, strength, config.points, config.shadows, config.flipped
             )
-            spec = f"{protection}:{strength}" if strength else protection
+            spec = spec_of(protection, strength)
             alone = replace(config, protections=(spec,), cut=place, shadow_jobs=0)
             command = reproduction("membership", alone, data=options.data, device=device, seed=seed)
             labels = {

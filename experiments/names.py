@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Protocol, TypeVar
 
-__all__ = ["at_strengths", "find", "unknown"]
+__all__ = ["at_strengths", "find", "spec_of", "unknown"]
 
 T = TypeVar("T")
 
@@ -44,6 +44,11 @@ def find(kind: str, name: str, among: Mapping[str, T]) -> T:
     if name not in among:
         raise unknown(kind, name, among)
     return among[name]
+
+
+def spec_of(name: str, strength: str) -> str:
+    """Return ``name:strength``, or ``name`` where there is none, as ``at_strengths`` reads it."""
+    return f"{name}:{strength}" if strength else name
 
 
 def unknown(kind: str, name: str, among: Iterable[str]) -> LookupError:

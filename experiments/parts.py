@@ -126,6 +126,15 @@ class LabelAttack:
         name = {"client": "client without labels", "server": "server of the U shape"}[seat]
         return Threat(name, own_inputs=self.own_inputs, hints=self.hinted * hints)
 
+    def described(self, aim: LabelAim, seat: str) -> dict[str, Any]:
+        """Return what its result depends on: threat, itself as built for the aim, and what is no leakage."""
+        return {
+            "attack": told(self.build(aim)),
+            "threat": _described(self.threat(seat, aim.hints)),
+            "shares": self.shares,
+            "blind": "" if self.blind is None else told(self.blind(aim)),
+        }
+
 
 @dataclass(frozen=True)
 class Protection:
@@ -176,7 +185,7 @@ class Attack:
         """
         return {
             "steps": self.steps,
-            "threat": {**asdict(self.threat), "sees": sorted(self.threat.sees)},
+            "threat": _described(self.threat),
             "members": {name: told(one) for name, one in self.build(replace(aim, seed=0)).items()},
         }
 
@@ -270,6 +279,10 @@ def whole(text: str, what: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"expected {what}, a whole number, got {text!r}; for example 2") from None
+
+
+def _described(threat: Threat) -> dict[str, Any]:
+    return {**asdict(threat), "sees": sorted(threat.sees)}
 
 
 def told(thing: Any) -> str:

@@ -9,7 +9,7 @@ from experiments.names import at_strengths
 from experiments.parts import Protection
 from splitlearn.data import Dataset
 
-__all__ = ["named_protections", "protections_for"]
+__all__ = ["described_protection", "named_protections", "protections_for"]
 
 CHANNELS = 8  # of activations that a protection's layers are tried on
 
@@ -31,6 +31,13 @@ def protections_for(specs: Iterable[str], private: Dataset) -> list[tuple[str, s
                 f"expected protections that work on {private.kind}, which {private.name} holds, got {name}; drop it"
             )
     return found
+
+
+def described_protection(name: str, strength: str) -> dict[str, str]:
+    """Return what a trial's configuration says of its protection."""
+    shield = PROTECTIONS[name].build(strength)
+    codec = {"codec": shield.codec.name} if shield.codec else {}
+    return {"name": name, "strength": strength, "guard": repr(shield.guard), **codec}
 
 
 def _build(protection: Protection, strength: str) -> None:

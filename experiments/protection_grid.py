@@ -14,12 +14,13 @@ from experiments.encrypted import Setup, encrypted_cut
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.grid_rows import QUERIES, ROWS, Row, Seen
 from experiments.ingredients import ATTACKS
-from experiments.names import at_strengths, find
+from experiments.names import at_strengths, find, spec_of
 from experiments.parts import Aim, number
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.scoring import aim_of, attack_victim
 from experiments.training import (
+    BY_SGD,
     Training,
     build_model,
     check_numbers,
@@ -39,7 +40,6 @@ from splitlearn.train import Predictor, evaluate, predict
 __all__ = ["PROTECTION_GRID", "Config"]
 
 ASKED = 128  # predictions at once
-BY_SGD = ("mpc_2pc",)  # whose weights two servers train in shares
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
         for seed in options.seeds:
             training = replace(own, protocol=name, seed=seed)
             trial = Trial(options.data, sizes, training, name, strength, config.targets)
-            alone = replace(config, rows=(f"{name}:{strength}" if strength else name,), cut=place)
+            alone = replace(config, rows=(spec_of(name, strength),), cut=place)
             command = reproduction("protection_grid", alone, data=options.data, device="cpu", seed=seed)
             labels = {
                 # No protocol: what is compared is ways to protect, each under the protocol that it needs.

@@ -1,7 +1,7 @@
 """An attack on the activations, run on its view and scored outside of it, beside what one reaches who saw nothing."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 
@@ -14,16 +14,14 @@ from experiments.parts import Aim, Attack, Shield
 from experiments.progress import counted
 from experiments.record import IMPROVING, Leakage
 from experiments.training import Trained, Training, build_model
-from splitlearn.codecs import through
 from splitlearn.cut import cut
 from splitlearn.data import Splits
-from splitlearn.frames import Kind
 from splitlearn.metrics import score_reconstruction
 from splitlearn.party import Guard, Learner
-from splitlearn.threat import Grants, View, granted, observe
+from splitlearn.threat import Encoder, Grants, View, granted, observe
 from splitlearn.train import predict
 
-__all__ = ["Attacked", "aim_of", "attack_victim", "grants_of", "scored", "shown"]
+__all__ = ["Attacked", "aim_of", "attack_victim", "fresh_bottom", "grants_of", "scored", "shown"]
 
 SHOWN = 8  # reconstructions kept for the picture
 KEPT = 25  # batches of the training, which stay in the view
@@ -101,9 +99,14 @@ def aim_of(splits: Splits, seed: int, *, cut_at: str = "", shield: Shield | None
     """
     private, shield = splits.private, shield or Shield()
     bounds = (0.0, 1.0) if private.kind == "image" else None
-    stage = _Fresh(cut_at, splits, shield) if cut_at else nn.Identity
+    stage = fresh_bottom(cut_at, splits, shield) if cut_at else nn.Identity
     guard = shield.guard if shield.layers is None else Guard()
     return Aim(tuple(private.x.shape[1:]), bounds, seed, private.num_classes, stage, guard=guard)
+
+
+def fresh_bottom(place: str, splits: Splits, shield: Shield) -> Callable[[], nn.Module]:
+    """Return what builds an untrained bottom below a cut, and what the shield does to its activations."""
+    return _Fresh(place, splits, shield)
 
 
 def shown(x: Tensor, name: str, x_hat: Tensor) -> dict[str, Tensor]:
@@ -203,19 +206,8 @@ class _Fresh:
         bottom = cut(build_model(self.splits, seed=int(torch.randint(1 << 31, ()))), self.cut)[0]
         shaped = self.shield.shaped(bottom, self.splits.private.x[:1])
         bare = type(self.shield.guard) is Guard and self.shield.codec is None
-        return shaped if bare else nn.Sequential(shaped, _Sent(self.shield))
-
-
-class _Sent(nn.Module):
-    """What guard and codec make of the activations of predictions, as a layer."""
-
-    def __init__(self, shield: Shield):
-        super().__init__()
-        self.guard, self.codec = shield.guard.simulated(), shield.codec
-
-    def forward(self, z: Tensor) -> Tensor:
-        sent = self.guard.prediction(z)
-        return sent if self.codec is None or Kind.ACTIVATION not in self.codec.kinds else through(self.codec, sent)
+        sent = Encoder(nn.Identity(), self.shield.guard, self.shield.codec)  # what guard and codec make of predictions
+        return shaped if bare else nn.Sequential(shaped, sent)
 
 
 def _doubts(leak: Leakage) -> list[str]:

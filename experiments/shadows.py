@@ -17,6 +17,7 @@ from torch import Tensor
 from attacks import ActivationPoint, GradientPoint, LogitPoint, Point, halves
 from experiments.ingredients import PROTECTIONS
 from experiments.parts import Shield
+from experiments.protected import described_protection
 from experiments.training import Training, build_model, described, load_splits, optimizer_for
 from experiments.workers import Job, run_jobs
 from splitlearn.cut import cut
@@ -83,11 +84,9 @@ class Trial:
 
     def described(self) -> dict[str, Any]:
         """Return the full configuration: every setting that the result depends on."""
-        shield = self.shield()
         return {
             **described(self.data, self.sizes, self.training),
-            "protection": {"name": self.protection, "strength": self.strength, "guard": repr(shield.guard)}
-            | ({"codec": shield.codec.name} if shield.codec else {}),
+            "protection": described_protection(self.protection, self.strength),
             "points": list(self.points),
             "shadows": self.shadows,
             "flipped": self.flipped,

@@ -9,24 +9,21 @@ from typing import Any
 
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import ATTACKS, PROTECTIONS, PROTOCOLS
-from experiments.names import find
+from experiments.names import find, spec_of
 from experiments.parts import Aim, Shield
-from experiments.protected import named_protections
+from experiments.protected import described_protection, named_protections
 from experiments.runner import Outcome, Task
 from experiments.scoring import Attacked, aim_of, attack_victim
 from experiments.training import (
     Training,
-    build_model,
-    default_cut,
-    depths,
     described,
     device_of,
     load_splits,
+    places,
     sizes_of,
     warm_up,
 )
-from splitlearn.cut import cut
-from splitlearn.data import DATASETS, Dataset, Splits
+from splitlearn.data import DATASETS, Dataset
 from splitlearn.train import evaluate
 
 __all__ = ["TRADEOFF", "Config", "check_auxiliary"]
@@ -87,14 +84,12 @@ class Trial:
 
     def described(self, aim: Aim) -> dict[str, Any]:
         """Return the full configuration: every setting that the result depends on, those of the attacks included."""
-        shield = self.shield()
         setting = described(self.data, self.sizes, self.training)
         return {
             **setting,
             "sizes": {**setting["sizes"], "targets": self.targets},
             "releases": self.releases,
-            "protection": {"name": self.protection, "strength": self.strength, "guard": repr(shield.guard)}
-            | ({"codec": shield.codec.name} if shield.codec else {}),
+            "protection": described_protection(self.protection, self.strength),
             "attacks": {name: ATTACKS[name].described(aim) for name in self.attacks},
         }
 
@@ -131,7 +126,7 @@ def tasks(config: Config, options: Options, *, name: str = "tradeoff") -> list[T
     )  # fmt: skip
     found = []
     for protocol in config.protocols:
-        for place in _cuts(config.cuts, splits):
+        for place in places(config.cuts, splits):
             for seed in options.seeds:
                 training = replace(base, protocol=protocol, cut=place, seed=seed)
                 for protection, strength in _applicable(protocol, protections):
@@ -139,7 +134,7 @@ def tasks(config: Config, options: Options, *, name: str = "tradeoff") -> list[T
                         options.data, training, protection, strength, config.attacks, config.targets, config.releases,
                         sizes,
                     )  # fmt: skip
-                    spec = f"{protection}:{strength}" if strength else protection
+                    spec = spec_of(protection, strength)
                     alone = replace(config, protocols=(protocol,), cuts=(place,), protections=(spec,))
                     command = reproduction(name, alone, data=options.data, device=device, seed=seed)
                     aim = aim_of(splits, seed, cut_at=place, shield=trial.shield())
@@ -233,15 +228,6 @@ def check_auxiliary(attacks: Iterable[str], auxiliary: int) -> None:
             f"expected --auxiliary of {LEAST_AUXILIARY} or more for {', '.join(needy)}, got {auxiliary}; 0 takes the "
             "data set's usual number"
         )
-
-
-def _cuts(asked: tuple[str, ...], splits: Splits) -> list[str]:
-    model = build_model(splits, seed=0)
-    usual = {"default": [default_cut(splits)], "depths": depths(splits)}
-    places = list(dict.fromkeys(place for one in asked for place in usual.get(one, [one])))
-    for place in places:
-        cut(model, place)
-    return places
 
 
 def _task(name: str, trial: Trial, command: str, aim: Aim, data_dir: Path | None) -> Task:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from privacy.dp import Claim
-from splitlearn.cut import layer_names
+from splitlearn.cut import cut, layer_names
 from splitlearn.data import DATASETS, Splits, load, split, standardise
 from splitlearn.models import digits_cnn, model_for
 from splitlearn.threat import Encoder
@@ -19,6 +19,7 @@ from splitlearn.train import Predictor
 from splitlearn.wire import Recorded
 
 __all__ = [
+    "BY_SGD",
     "ONE_CLIENT",
     "Trained",
     "Training",
@@ -30,6 +31,7 @@ __all__ = [
     "device_of",
     "load_splits",
     "optimizer_for",
+    "places",
     "sizes_of",
     "warm_up",
 ]
@@ -181,6 +183,16 @@ def depths(splits: Splits) -> list[str]:
     names = layer_names(build_model(splits, seed=0))[:-1]
     found = ([name for name in names if name in [f"{end}{n}" for n in range(1, 4)]] for end in BLOCK_ENDS)
     return next((ends for ends in found if ends), names[:1])
+
+
+def places(asked: Sequence[str], splits: Splits) -> list[str]:
+    """Return the last layers below the cuts asked for: names, ``default`` or ``depths``; all can be cut at."""
+    model = build_model(splits, seed=0)
+    usual = {"default": [default_cut(splits)], "depths": depths(splits)}
+    found = list(dict.fromkeys(place for one in asked for place in usual.get(one, [one])))
+    for place in found:
+        cut(model, place)
+    return found
 
 
 def optimizer_for(stage: nn.Module, training: Training) -> torch.optim.Optimizer | None:

@@ -1,7 +1,6 @@
 """Protections of labels: each does what its formula says, fits an owner's training, and hides what it says it hides."""
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf, isfinite, log, nan, sqrt
@@ -26,6 +25,7 @@ from defenses.labels import (
     Marvell,
     MaxNorm,
     Mixup,
+    marvell,
 )
 from defenses.labels.fedpass import PassportLinear
 from defenses.labels.marvell import Gradients, Spread, best_spread, sum_kl
@@ -279,13 +279,11 @@ def test_it_does_not_depend_on_the_unit() -> None:
         best_spread(Gradients(0.1, 0.1, 0.0, 0.5, 4), 1.0)
 
 
-def test_it_takes_milliseconds() -> None:
-    seconds = []
-    for _ in range(10):
-        began = time.perf_counter()
-        best_spread(CASES[4], 4.0)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 5e-3  # the least of ten, since other work shares the machine
+def test_it_looks_at_few_spreads(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    monkeypatch.setattr(marvell, "sum_kl", lambda *arguments: looked.append(1) or sum_kl(*arguments))
+    best_spread(CASES[4], 4.0)
+    assert 2 < len(looked) < 60  # each a dozen products: some milliseconds a batch
 
 
 # Marvell: the guard
