@@ -14,6 +14,7 @@ from experiments.updates import UPDATE_ATTACKS, update_tasks
 __all__ = ["DEFENSE_TOURNAMENT", "RECONSTRUCTION_ATTACKS", "Attacks", "Tournament"]
 
 ON_DIGITS = tuple(name for name, one in ATTACKS.items() if one.family == "reconstruction" and "image" in one.inputs)
+DEFENDED = tuple(name for name, one in PROTECTIONS.items() if name != "none" and "image" in one.inputs)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Tournament(tradeoff.Config):
     """Options of defense_tournament: each attacker knows the defense."""
 
     protections: tuple[str, ...] = field(
-        default=("none", *(name for name, one in PROTECTIONS.items() if name != "none")),
+        default=("none", *DEFENDED),
         metadata={"help": f"of {', '.join(PROTECTIONS)}; NAME for all its strengths, NAME:STRENGTH for one"},
     )
     attacks: tuple[str, ...] = field(

@@ -273,6 +273,12 @@ def test_tokens_are_refused_by_what_cannot_read_them_and_trained_without(monkeyp
         assert outcome.utility["accuracy"] >= 0
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_something_to_do_as_it_is(name: str) -> None:
+    experiment = EXPERIMENTS[name]
+    assert experiment.tasks(experiment.config(), Options(seeds=(0,)))
+
+
 def test_the_catalogue_describes_itself_in_one_line_each() -> None:
     for listing in (ATTACKS, BENCHES, DETECTORS, EXPERIMENTS, PROTECTIONS, PROTOCOLS):
         for name, entry in listing.items():
