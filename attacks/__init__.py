@@ -16,6 +16,7 @@ from attacks.inversion.unsplit import UnSplit
 from attacks.inversion.urvfl import URVFL
 from attacks.inversion.weight_gradient import WeightGradientActivations
 from attacks.keys.li_micciancio import KeyRecovery
+from attacks.labels.averaged import AveragedGradients
 from attacks.labels.completion import HintedHead, MaliciousOptimizer, ModelCompletion
 from attacks.labels.direct import DirectLabels
 from attacks.labels.exploit import ExPLoit
@@ -40,6 +41,7 @@ __all__ = [
     "URVFL",
     "ActivationPoint",
     "AttributeInference",
+    "AveragedGradients",
     "Convolutional",
     "CosineScores",
     "Decoder",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 
 from attacks import (
+    AveragedGradients,
     CosineScores,
     ExPLoit,
     HintedHead,
@@ -64,6 +65,10 @@ LABEL_ATTACKS: dict[str, LabelAttack] = {
     "spectral": LabelAttack(
         "activations along their first singular direction (Sun et al. 2022)", lambda aim: Spectral(aim.rare),
         binary=True, hinted=1,
+    ),
+    "averaged": LabelAttack(
+        "gradients added up over all epochs so far, along their first singular directions (Tran et al. 2018)",
+        lambda aim: AveragedGradients(aim.classes, seed=aim.seed), hinted=1, remembers=True,
     ),
     "exploit": LabelAttack(
         "ExPLoit: a surrogate top and surrogate labels that make the gradients seen (Kariyappa & Qureshi 2021)",
@@ -127,22 +132,22 @@ LABEL_PROTECTIONS: dict[str, LabelProtection] = {
     "none": LabelProtection("nothing: gradients as they are", "", ("",), lambda *_: LabelShield(), "similarity"),
     "marvell": LabelProtection(
         "Marvell: noise by class that hides best for its power (Li et al. 2022)", "power, of the gap's square",
-        ("1", "4"), lambda s, *_: LabelShield(Marvell(number(s, "a strength"))), "similarity", binary=True,
+        ("1", "4"), lambda s, *_: LabelShield(Marvell(number(s, "a strength"))), "averaged", binary=True,
     ),
     "max_norm": LabelProtection(
         "max-norm: each gradient as long as the longest, in the mean (Li et al. 2022)", "", ("",),
-        lambda *_: LabelShield(MaxNorm()), "cosine",
+        lambda *_: LabelShield(MaxNorm()), "averaged",
     ),
     "isotropic": LabelProtection(
         "Gaussian noise alike in all directions (Li et al. 2022)", "ratio to the longest gradient", ("1", "4"),
-        lambda s, *_: LabelShield(Isotropic(number(s, "a ratio"))), "similarity",
+        lambda s, *_: LabelShield(Isotropic(number(s, "a ratio"))), "averaged",
     ),
     "label_dp": LabelProtection(
         "randomised response on labels, once, with a loss that knows it", "ε", ("1", "4"), responded, "clustering",
     ),
     "perturbed": LabelProtection(
         "labels with Laplace noise, anew at each step (TPSL, Yang et al. 2022)", "ε of one step", ("1", "4"),
-        perturbed, "similarity",
+        perturbed, "averaged",
     ),
     "coae": LabelProtection(
         "confusional autoencoder: soft labels that only its decoder reads (Zou et al. 2022)", "weight of the entropy",
@@ -162,6 +167,6 @@ LABEL_PROTECTIONS: dict[str, LabelProtection] = {
     ),
     "mixup": LabelProtection(
         "mixup of activations and labels at the owner (Zhang et al. 2018)", "alpha", ("1",),
-        observing(Mixup, "an alpha"), "similarity",
+        observing(Mixup, "an alpha"), "averaged",
     ),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from attacks import LabelGuess
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.label_ingredients import LABEL_ATTACKS, LABEL_PROTECTIONS
 from experiments.names import at_strengths, find, spec_of
-from experiments.parts import LabelAim, LabelAttack, LabelShield, Shield
+from experiments.parts import LabelAim, LabelShield, Shield
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.scoring import fresh_bottom
@@ -152,6 +152,22 @@ def as_server(training: Training, splits: Splits, shield: LabelShield) -> Seat:
     return Seat(step, line.record, line.meter, below, [bottom, line.party, head], UNLABELLED)
 
 
+@dataclass
+class Traffic:
+    """What has crossed of a training: sample numbers batch by batch, and where its present epoch begins."""
+
+    order: list[Tensor] = field(default_factory=list)
+    batch: int = 0
+    exchange: int = 0
+
+    def begin(self, record: Recorded, *, keep: bool) -> None:
+        """Begin another epoch, and forget those before unless they are to be kept."""
+        if not keep:
+            record.clear()
+            self.order.clear()
+        self.batch, self.exchange = len(self.order), len(record.exchanges)
+
+
 SEATS: dict[str, Callable[[Training, Splits, LabelShield], Seat]] = {"client": as_client, "server": as_server}
 PROTOCOL_OF = {"client": "vertical", "server": "u_shaped"}
 
@@ -236,13 +252,14 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         shield = LABEL_PROTECTIONS[trial.protection].build(trial.strength, classes, training.seed)
         trained_on = shield.labels(private.y)
         seat = SEATS[trial.seat](training, splits, shield)
-    ids, order = torch.arange(len(private)), list[Tensor]()
+    ids, traffic = torch.arange(len(private)), Traffic()
+    keep = any(_remembers(name, trial) for name in trial.attacks)
     blind_scores: dict[Any, LeakageScore] = {}
     by_attack: dict[str, list[Leakage]] = {name: [] for name in trial.attacks}
     seconds = {"train": 0.0, **{f"attack_{name}": 0.0 for name in trial.attacks}}
 
     def step(rows: Tensor, _: Tensor) -> Tensor:
-        order.append(rows)
+        traffic.order.append(rows)
         return seat.step(rows, trained_on[rows])
 
     one = epochs_of(step, Batches(ids, ids, batch_size=training.batch_size, seed=training.seed))
@@ -257,17 +274,16 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         if done in trial.attacked:
             for name in trial.attacks:
                 begun = time.perf_counter()
-                by_attack[name].append(_attacked(name, trial, seat, splits, order, done, blind_scores))
+                by_attack[name].append(_attacked(name, trial, seat, splits, traffic, done, blind_scores))
                 seconds[f"attack_{name}"] += time.perf_counter() - begun
-        seat.record.clear()
-        order.clear()
+        traffic.begin(seat.record, keep=keep)
         return loss
 
     losses = fit(epoch, epochs=training.epochs).losses
     nbytes = counted([seat.meter])
     logits = shield.decode(predict(seat.chain, splits.test.x))
     protection = LABEL_PROTECTIONS[trial.protection]
-    knows = {name: _known(LABEL_ATTACKS[name], trial) for name in trial.attacks}
+    knows = {name: _known(name, trial) for name in trial.attacks}
     notes = [f"loss of the last epoch: {losses[-1]:.4f}", *shield.notes]
     return Outcome(
         utility=utility(logits, splits.test.y.to(logits.device)), seconds=seconds, nbytes=nbytes,
@@ -289,28 +305,33 @@ def _owner(name: str, stage: nn.Module, training: Training, shield: LabelShield)
 
 
 def _attacked(
-    name: str, trial: Trial, seat: Seat, splits: Splits, order: Sequence[Tensor], epoch: int,
+    name: str, trial: Trial, seat: Seat, splits: Splits, traffic: Traffic, epoch: int,
     blind_scores: dict[Any, LeakageScore],
 ) -> Leakage:  # fmt: skip
-    """Return what one attack gets of the labels from one epoch's traffic; hinted samples are not counted.
+    """Return what one attack gets of the labels of one epoch's batches; hinted samples are not counted.
 
+    It reads that epoch's traffic, or that of all epochs so far where it remembers and sample numbers cross.
     Where an attack gets labels without what training left (from a fresh bottom, in place of the trained one), the
     advantage is over what that gets with the same hints; it is run once an epoch, and kept in ``blind_scores``.
     """
-    attack, private, rows = LABEL_ATTACKS[name], splits.private, torch.cat(list(order))
-    threat, y, device = attack.threat(trial.seat, trial.hints), private.y[rows], trial.training.device
-    grants = Grants(encoder=Encoder(seat.bottom), own_x=private.x[rows].to(device), y=y.to(device))
+    attack, private, batches = LABEL_ATTACKS[name], splits.private, traffic.order[traffic.batch :]
+    now = torch.cat(batches)
+    read, since = (torch.cat(traffic.order), 0) if _remembers(name, trial) else (now, traffic.exchange)
+    threat, y, device = attack.threat(trial.seat, trial.hints), private.y[now], trial.training.device
+    grants = Grants(Encoder(seat.bottom), own_x=private.x[read].to(device), y=private.y[read].to(device))
     view = observe(seat.record, threat=threat, grants=grants, device=device)
+    view = replace(view, exchanges=view.exchanges[since:])
     fresh = fresh_bottom(trial.training.cut, splits, Shield())
     shares = torch.bincount(splits.auxiliary.y, minlength=private.num_classes).double().clamp(min=1)
     public = tuple((shares / shares.sum()).tolist()) if attack.shares else ()
     aim = LabelAim(private.num_classes, trial.hints, trial.training.seed * 100 + epoch, fresh, public)
-    known = view.hints[0] if view.threat.hints else None
+    known = torch.isin(now, read[view.hints[0].cpu()]).nonzero()[:, 0] if view.threat.hints else None
 
     def scored(guess: LabelGuess) -> LeakageScore:
+        labels, scores = (one if one is None else one[-len(now) :].cpu() for one in (guess.labels, guess.scores))
         return score_labels(
-            None if guess.labels is None else guess.labels.cpu(), y, num_classes=private.num_classes,
-            scores=guess.scores, sizes=[len(one) for one in order], named=guess.named, known=known,
+            labels, y, num_classes=private.num_classes, scores=scores, sizes=[len(one) for one in batches],
+            named=guess.named, known=known,
         )  # fmt: skip
 
     guess = attack.build(aim)(view)
@@ -332,10 +353,16 @@ def _attacked(
     )
 
 
-def _known(attack: LabelAttack, trial: Trial) -> list[str]:
+def _remembers(name: str, trial: Trial) -> bool:
+    return LABEL_ATTACKS[name].remembers and trial.seat == "client"  # the server of the U shape is sent no numbers
+
+
+def _known(name: str, trial: Trial) -> list[str]:
     """Return what an attack sees and knows, a line each."""
+    attack = LABEL_ATTACKS[name]
     shares = ["how frequent each class is"] if attack.shares else []
-    return [*attack.threat(trial.seat, trial.hints).in_words(), *shares]
+    before = ["what crossed in all epochs before, and of which sample"] if _remembers(name, trial) else []
+    return [*attack.threat(trial.seat, trial.hints).in_words(), *shares, *before]
 
 
 def _check_counts(

@@ -115,6 +115,7 @@ class LabelAttack:
     blind: Callable[[LabelAim], Any] | None = None  # an attack without what training left: what that gets is no leakage
     shares: bool = False  # whether it knows how frequent each class is
     binary: bool = False  # whether it is for two classes alone
+    remembers: bool = False  # whether it goes by all epochs so far, where samples are asked for by number
 
     @property
     def seats(self) -> tuple[str, ...]:
@@ -132,6 +133,7 @@ class LabelAttack:
             "attack": told(self.build(aim)),
             "threat": _described(self.threat(seat, aim.hints)),
             "shares": self.shares,
+            "remembers": self.remembers,
             "blind": "" if self.blind is None else told(self.blind(aim)),
         }
 

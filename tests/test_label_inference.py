@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from attacks import (
+    AveragedGradients,
     CosineScores,
     DirectLabels,
     ExPLoit,
@@ -24,6 +25,7 @@ from attacks import (
     Similarity,
     Spectral,
 )
+from attacks.labels.averaged import summed as summed_by_sample
 from attacks.labels.completion import augmented, mixed_up
 from attacks.labels.guess import Crossed, crossed
 from attacks.labels.rows import gradients, normalised
@@ -177,6 +179,10 @@ ROWS = {
     "activations": Row(Similarity(10, Kind.ACTIVATION), LATE, "accuracy", 0.75, Kind.ACTIVATION, hints=1),
     "activation clusters": Row(Similarity(10, Kind.ACTIVATION), LATE, "accuracy", 0.85, Kind.ACTIVATION),
     "spectral": Row(Spectral(), partial(victim, digit_zero, "flatten", 5), "leak_auc", 0.99, Kind.ACTIVATION),
+    "averaged": Row(AveragedGradients(10), partial(victim, all_ten, "relu2", 1), "accuracy", 0.98, Kind.GRADIENT, 1),
+    "averaged scores": Row(
+        AveragedGradients(2), partial(victim, digit_zero, "relu2", 1), "leak_auc", 0.99, Kind.GRADIENT, 1
+    ),
     "exploit by prior": Row(
         ExPLoit(2, prior=(0.9, 0.1)), partial(victim, digit_zero, "flatten", 1), "leak_auc", 0.99, Kind.GRADIENT
     ),
@@ -222,6 +228,7 @@ def test_what_a_threat_does_not_see_is_not_read(name: str) -> None:
 
 
 NEEDS: list[tuple[Attack, dict[str, int | bool], str]] = [
+    (AveragedGradients(10), {}, r"labels of some private samples; grant Threat\(hints=1\)"),
     (CosineScores(), {}, r"labels of some private samples; grant Threat\(hints=1\)"),
     (HintedHead(10), {"own_inputs": True}, r"labels of some private samples; grant Threat\(hints=1\)"),
     (ModelCompletion(10), {"own_inputs": True}, r"labels of some private samples; grant Threat\(hints=1\)"),
@@ -243,7 +250,7 @@ def test_where_nothing_was_trained_there_is_nothing_to_read(attack: Attack) -> N
         attack(replace(one, record=Recorded(Service({}))).view(hints=1))
 
 
-@pytest.mark.parametrize("name", ["clustering", "spectral", "exploit", "hinted head", "completion"])
+@pytest.mark.parametrize("name", ["clustering", "averaged", "spectral", "exploit", "hinted head", "completion"])
 def test_an_attack_draws_from_its_own_seed_alone(name: str) -> None:
     row = ROWS[name]
     attack = replace(row.attack, steps=5) if row.own_inputs else row.attack
@@ -359,6 +366,32 @@ def test_the_spectral_direction_is_the_one_that_varies_most() -> None:
     hinted = Spectral()(crossing((z, z), y=known, hints=1))
     assert hinted.scores is not None
     assert hinted.scores[3] < hinted.scores[0]
+
+
+def test_gradients_add_up_by_sample_and_noise_does_not() -> None:
+    gen = torch.Generator().manual_seed(0)
+    signal = torch.randn(3, 20, generator=gen)
+    y = torch.arange(30) % 3
+    holder = Features(Learner("client", nn.Identity()), torch.randn(30, 20, generator=gen))
+    line, crossed_y = wire(holder), []
+    for _ in range(30):
+        for ids in torch.randperm(30, generator=gen).split(10):
+            line.party.forward(ids).sum()
+            line.party.backward(signal[y[ids]] + 4 * torch.randn(10, 20, generator=gen))
+            crossed_y.append(y[ids])
+    told = Grants(y=torch.cat(crossed_y))
+    view = observe(line.record, threat=Threat(hints=1), grants=told)
+    sums, sample = summed_by_sample(crossed(view))
+    assert sums.shape == (30, 20)
+    assert torch.equal(y[sample], told.y)
+    guess = AveragedGradients(3)(view)
+    assert guess.labels is not None
+    assert guess.evidence["releases"] == 30
+    assert (guess.labels == told.y).double().mean() > 0.9
+    last = replace(view, exchanges=view.exchanges[-6:], _granted=Grants(y=torch.cat(crossed_y[-3:])))
+    once = AveragedGradients(3)(last).labels
+    assert once is not None
+    assert (once == torch.cat(crossed_y[-3:])).double().mean() < 0.7
 
 
 def test_one_logit_tells_its_label_by_its_sign() -> None:

@@ -55,6 +55,8 @@ def test_every_attack_is_scored_at_each_epoch(name: str, seat: str, monkeypatch:
     knows = outcome.visible[f"attacker ({name})"]
     assert set(LABEL_ATTACKS[name].threat(seat, 1).in_words()) <= set(knows)
     assert ("how frequent each class is" in knows) is LABEL_ATTACKS[name].shares
+    remembers = LABEL_ATTACKS[name].remembers and seat == "client"
+    assert ("what crossed in all epochs before, and of which sample" in knows) is remembers
 
 
 @pytest.mark.parametrize("name", LABEL_PROTECTIONS)
@@ -76,6 +78,18 @@ def test_gradients_tell_labels_and_noise_by_class_hides_them_from_the_norm_but_n
     assert min(bare.values()) > 0.95
     assert max(hidden["norm"], hidden["cosine"]) < 0.8
     assert hidden["activations"] > 0.95
+
+
+def test_noise_that_is_drawn_anew_is_averaged_out_and_labels_answered_once_are_not() -> None:
+    config = replace(TOY, attacks=("similarity", "averaged"), attacked=(1, 15), epochs=15, private=0, batch_size=128)
+    config = replace(config, lr=3e-4)
+    marvell = outcome_of(replace(config, protections=("marvell:4",)))
+    assert max(marvell.traces["similarity"]) < 0.4
+    assert marvell.traces["averaged"][0] < 0.4
+    assert marvell.traces["averaged"][1] > 0.7
+    assert "what crossed in all epochs before, and of which sample" in marvell.visible["attacker (averaged)"]
+    once = outcome_of(replace(config, protections=("label_dp:1",)))
+    assert max(once.traces["averaged"]) < 0.6
 
 
 def test_ten_classes_by_one_known_sample_each_and_those_are_not_counted() -> None:

@@ -26,10 +26,14 @@ class LabelGuess:
 
 @dataclass(frozen=True)
 class Crossed:
-    """One batch: the activation [n, …] that went to whoever holds the labels, and the gradient that came back."""
+    """One batch: the activation [n, …] that went to whoever holds the labels, and the gradient that came back.
+
+    ``ids`` [n] are the samples' numbers, where they crossed.
+    """
 
     z: Tensor
     g: Tensor
+    ids: Tensor | None = None
 
 
 def crossed(view: View) -> list[Crossed]:
@@ -42,12 +46,14 @@ def crossed(view: View) -> list[Crossed]:
     view.tensors(Kind.GRADIENT)
     found: list[Crossed] = []
     z: Tensor | None = None
+    ids: Tensor | None = None
     for exchange in view.exchanges:
         request, reply = exchange.request, exchange.reply
         if request.verb == "forward" and Kind.ACTIVATION in reply.tensors:
-            z = reply.tensors[Kind.ACTIVATION].clone()
+            z, asked = reply.tensors[Kind.ACTIVATION].clone(), request.tensors.get(Kind.INPUT)
+            ids = asked if asked is not None and asked.ndim == 1 else None  # else tokens
         elif request.verb == "backward" and z is not None:
-            found.append(Crossed(z, request.tensors[Kind.GRADIENT].clone()))
+            found.append(Crossed(z, request.tensors[Kind.GRADIENT].clone(), ids))
             z = None
     if not found:
         raise LookupError(
