@@ -94,11 +94,13 @@ def splitfed_v1_round(
     top: Party,
     *,
     aggregate: Aggregator = mean,
+    aggregate_tops: Aggregator | None = None,
 ) -> Round:
     """Each member trains against a server copy of its own; bottoms and tops are averaged.
 
     (Thapa et al. 2022, arXiv:2004.12088.) ``sessions`` are the main server's copies (``top.replica(name)``) by
-    member name, ``bottom`` and ``top`` the global ones. Both averages leave out whoever dropped out.
+    member name, ``bottom`` and ``top`` the global ones. Both averages leave out whoever dropped out. The fed server
+    averages bottoms by ``aggregate``, the main server its copies by ``aggregate_tops``, by the same where None.
     """
     _named(members, sessions)
     _apart(sessions)
@@ -107,7 +109,8 @@ def splitfed_v1_round(
         sessions[member.name].load_weights(top_start)
     weights, counts, done = _finished(*_collect(members, start))
     bottom.load_weights({**start, **aggregate(weights, counts, start)})
-    top.load_weights(aggregate([sessions[name].weights() for name in done.counts], counts, top_start))
+    tops = [sessions[name].weights() for name in done.counts]
+    top.load_weights((aggregate_tops or aggregate)(tops, counts, top_start))
     return done
 
 

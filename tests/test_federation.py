@@ -175,6 +175,22 @@ def test_an_aggregator_may_be_passed_to_every_round() -> None:
 # Drop-outs
 
 
+def test_tops_may_be_aggregated_in_another_way_than_bottoms() -> None:
+    def first(
+        weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int], start: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return dict(weights[0])
+
+    table, plain = Table(), Table()
+    start = table.top.weights()
+    splitfed_v1_round(table.members(), table.sessions, table.bottom, table.top, aggregate_tops=first)
+    splitfed_v1_round(plain.members(), plain.sessions, plain.bottom, plain.top)
+    assert same(table.bottom.weights(), plain.bottom.weights())
+    assert same(table.top.weights(), table.sessions["c0"].weights())
+    assert not same(table.top.weights(), start)
+    assert not same(table.top.weights(), plain.top.weights())
+
+
 def test_who_drops_out_is_left_out_of_both_averages() -> None:
     table, twin = Table(), Table()
     members = table.members()
