@@ -20,6 +20,7 @@ from experiments.interactive import interactive_tradeoff
 from experiments.label_plot import label_table, labels
 from experiments.mpc_plot import mpc_costs
 from experiments.plots import leakage_note, reconstructions, spread_note, tradeoff
+from experiments.poison_plot import backdoors, poison_table, poisonings
 from experiments.privacy_plot import privacy
 from experiments.progress import counted
 from experiments.record import UNDERTRAINED, Record
@@ -65,7 +66,8 @@ def build(root: Path) -> Path:
 
     The pictures are ``tradeoff.png``, ``reconstructions.png``, where an ε is claimed ``privacy.png``, and of
     ``he_overhead`` ``encryption.png``, of ``mpc_overhead`` ``shares.png``, of ``detection`` ``detection.png``, of
-    ``label_leakage`` ``labels.png``, of ``protection_grid`` ``protection_grid.png``.
+    ``label_leakage`` ``labels.png``, of ``protection_grid`` ``protection_grid.png``, where members poisoned
+    ``poisoning.png`` and ``backdoor.png``.
 
     A picture that the records have no figures for is left out, and removed if an earlier report left it. A corrupt
     record is told of in the report; ``ValueError`` where there is none at all that can be read.
@@ -86,6 +88,8 @@ def build(root: Path) -> Path:
         "shares": mpc_costs(records, root / "shares.png"),
         "detection": detection(records, root / "detection.png"),
         "labels": labels(records, root / "labels.png"),
+        "poisoning": poisonings(records, root / "poisoning.png"),
+        "backdoor": backdoors(records, root / "backdoor.png"),
         "protection_grid": protection_grid(records, root / "protection_grid.png"),
     }
     return write_atomically(root / "report.html", _page(records, problems, store, drawn).encode())
@@ -117,6 +121,7 @@ def _page(records: Sequence[Record], problems: Sequence[str], store: Store, draw
         accounts=accounts_table(points),
         detected=detection_table(points),
         labels_by_epoch=label_table(points),
+        poisoned=poison_table(points),
         pictures=[_picture(row) for row in gallery(records, store)],
         results=results_tables(points),
         strengths=strength_notes(points),

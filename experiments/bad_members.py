@@ -1,0 +1,264 @@
+"""One federation with bad members in it, round by round: who trains, who lies, and what the servers do about it.
+
+Every session crosses real frames. Bad members are drawn by the seed; Dirichlet shares make members unlike.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attacks.poisoning import Colluding, UpdateAttack
+from defenses.aggregation import Robust
+from defenses.poisoning import ClippedSteps, PerClientServer
+from experiments.setups import counted
+from experiments.training import Training, build_model, optimizer_for
+from splitlearn.cut import cut
+from splitlearn.data import Splits, partition
+from splitlearn.federation import (
+    Aggregator,
+    Member,
+    fedavg_round,
+    mean,
+    parallel_round,
+    splitfed_v1_round,
+    splitfed_v2_round,
+    splitfed_v3_round,
+)
+from splitlearn.guard import Guard
+from splitlearn.members import Weights
+from splitlearn.party import Learner, Party
+from splitlearn.remote import Remote
+from splitlearn.service import Service
+from splitlearn.train import Batches, Predictor, predict
+from splitlearn.wire import Framed, Metered, serve
+
+__all__ = ["FEDERATIONS", "Federated", "Sabotage", "Safeguard", "bad_members", "federate"]
+
+FEDERATIONS = ("splitfed_v1", "splitfed_v2", "splitfed_v3", "parallel", "fedavg")
+Step = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Sabotage:
+    """What bad members do, or a bad server; by default nothing. Made for one training.
+
+    ``data(n)`` is what the n-th of them does to its samples before training, ``guard(n)`` sits on its learner,
+    ``updates`` replaces what all of them send to the fed server, ``server`` takes the main server's place with labelled
+    samples of its own. A backdoor is tested by ``trigger`` on inputs or on activations, on which ``target`` is meant.
+    """
+
+    data: Callable[[int], Callable[[Tensor, Tensor], Step]] | None = None
+    guard: Callable[[int], Guard] | None = None
+    updates: UpdateAttack | None = None
+    server: Callable[[Learner, Tensor, Tensor], Party] | None = None
+    trigger: Callable[[Tensor], Tensor] | None = None
+    on_activations: bool = False
+    target: int = 0
+
+
+@dataclass(frozen=True)
+class Safeguard:
+    """What honest servers do about bad members; by default nothing. Made for one training.
+
+    ``bottoms`` and ``tops`` aggregate, ``clip`` bounds each step of the top, ``step`` is a rule on the clients'
+    gradients of the top (parallel), ``seats(top, names, batches a round)`` has sessions in the top's place.
+    """
+
+    bottoms: Aggregator = mean
+    tops: Aggregator = mean
+    clip: float | None = None
+    step: Callable[[Tensor], Tensor] | None = None
+    seats: Callable[[Learner, Sequence[str], int], Any] | None = None
+    noise: Callable[[], Guard] | None = None  # what every honest member does to its activations
+
+
+@dataclass
+class Federated:
+    """A trained federation: what answers, how accurate it was after each round, who was shut out, what went wrong."""
+
+    bottom: Predictor | None  # None in FedAvg, where the model is whole
+    top: Predictor
+    bad: list[int]
+    members: int
+    nbytes: dict[str, dict[str, int]] = field(default_factory=dict)
+    accuracy: list[float] = field(default_factory=list)
+    out: list[list[int]] = field(default_factory=list)  # by round, whose update had no part in the result
+    lost: int = 0  # times that a member's numbers were not finite
+    stopped: str = ""  # why it ended early
+
+    def logits(self, x: Tensor, trigger: Callable[[Tensor], Tensor] | None = None, *, inner: bool = False) -> Tensor:
+        """Return the model's logits, the trigger on inputs or, with ``inner``, on activations."""
+        x = trigger(x) if trigger is not None and not inner else x
+        if self.bottom is None:
+            return predict([self.top], x)
+        z = predict([self.bottom], x)
+        return predict([self.top], trigger(z) if trigger is not None and inner else z)
+
+
+def bad_members(members: int, bad: int, seed: int) -> list[int]:
+    """Return the positions of the bad ones, drawn by the seed."""
+    return torch.randperm(members, generator=torch.Generator().manual_seed(seed))[:bad].sort().values.tolist()
+
+
+def federate(
+    training: Training, splits: Splits, *, alpha: float, bad: int, sabotage: Sabotage, safeguard: Safeguard
+) -> Federated:
+    """Train a federation of ``training.clients`` for ``training.epochs`` rounds, ``bad`` of them sabotaging.
+
+    Rounds end early, and say so, where no member's numbers are finite any more.
+    """
+    whole = training.protocol == "fedavg"
+    model = build_model(splits, seed=training.seed).to(training.device)
+    below, above = (model, nn.Sequential()) if whole else cut(model, training.cut)
+    names = [f"client{number}" for number in range(training.clients)]
+    liars = bad_members(training.clients, bad, training.seed)
+    shares = _shares(training, splits, alpha, liars, sabotage)
+    clients = [
+        _client(name, below, training, _guard(place, liars, sabotage, safeguard), place)
+        for place, name in enumerate(names)
+    ]
+    bottom = Learner("bottom", copy.deepcopy(below))
+    if whole:
+        members = [_Steady(Member(one, None, own)) for one, own in zip(clients, shares, strict=True)]
+        watch = _Watched(_colluding(safeguard.bottoms, sabotage, liars))
+        result = Federated(None, bottom, liars, training.clients)
+        _rounds(
+            training, splits, result, lambda: fedavg_round(members, bottom, aggregate=watch), members, watch, safeguard
+        )
+        return result
+    top = Learner("server", above, _optimizer(above, training, safeguard), seed=training.seed * 1000)
+    apart = training.protocol in ("splitfed_v1", "splitfed_v3")
+    replicas = {name: top.replica(name) for name in names} if apart else {}
+    sessions, answering = _sessions(top, names, replicas, sabotage, safeguard, shares, training, splits)
+    meters = [Metered(serve(Service({name: sessions[name]}))) for name in names]
+    lines = {name: Remote(name, Framed(meter), name) for name, meter in zip(names, meters, strict=True)}
+    own = [Member(one, lines[one.name], part) for one, part in zip(clients, shares, strict=True)]
+    members = [_Steady(one) for one in own]
+    watch = _Watched(_colluding(safeguard.bottoms, sabotage, liars))
+    honest = next(place for place in range(training.clients) if place not in liars)
+    result = Federated(
+        clients[honest] if training.protocol == "splitfed_v3" else bottom, answering, liars, training.clients
+    )
+    one: dict[str, Callable[[], object]] = {
+        "splitfed_v1": lambda: splitfed_v1_round(
+            members, replicas, bottom, top, aggregate=watch, aggregate_tops=safeguard.tops
+        ),
+        "splitfed_v2": lambda: splitfed_v2_round(members, bottom, aggregate=watch),
+        "splitfed_v3": lambda: splitfed_v3_round(own, replicas, top, aggregate=safeguard.tops),
+        "parallel": lambda: parallel_round(clients, lines[names[0]], shares, bottom=bottom, aggregate=watch),
+    }
+    _rounds(training, splits, result, one[training.protocol], members, watch, safeguard)
+    result.nbytes = counted(meters)
+    return result
+
+
+def _rounds(
+    training: Training, splits: Splits, result: Federated, one: Callable[[], object], members: Sequence["_Steady"],
+    watch: "_Watched", safeguard: Safeguard,
+) -> None:  # fmt: skip
+    x, y = splits.test.x.to(training.device), splits.test.y.to(training.device)
+    for number in range(training.epochs):
+        try:
+            one()
+        except ValueError as error:
+            if "finite" not in str(error):
+                raise
+            result.stopped = f"stopped in round {number + 1}: {error}"
+            break
+        result.out.append(watch.out)
+        result.accuracy.append((result.logits(x).argmax(1) == y).double().mean().item())
+    result.lost = sum(member.lost for member in members)
+
+
+class _Steady:
+    """A member who, once its numbers are not finite, sends back what it was given; ``lost`` counts how often."""
+
+    def __init__(self, member: Member):
+        self.member, self.name, self.learner, self.lost = member, member.name, member.learner, 0
+
+    def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
+        """Return what the member does, or the weights as they came, with its count of samples."""
+        try:
+            return self.member.round(weights)
+        except ValueError as error:
+            if "finite" not in str(error):
+                raise
+            self.lost += 1
+            return {name: entry.clone() for name, entry in weights.items()}, len(self.member.batches.x)  # type: ignore[attr-defined]
+
+
+class _Watched:
+    """An aggregator that notes whose update had no part in the last result, where the rule says."""
+
+    def __init__(self, aggregate: Aggregator):
+        self.aggregate, self.out = aggregate, list[int]()
+
+    def __call__(
+        self, weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int], start: Mapping[str, Tensor]
+    ) -> Weights:
+        found = self.aggregate(weights, counts, start)
+        inner = self.aggregate.aggregate if isinstance(self.aggregate, Colluding) else self.aggregate
+        shares = inner.last.shares if isinstance(inner, Robust) and inner.last is not None else None
+        self.out = [] if shares is None else (shares == 0).nonzero()[:, 0].tolist()
+        return found
+
+
+def _colluding(aggregate: Aggregator, sabotage: Sabotage, liars: Sequence[int]) -> Aggregator:
+    if sabotage.updates is None or not liars:
+        return aggregate
+    return Colluding(sabotage.updates, tuple(liars), aggregate)
+
+
+def _sessions(
+    top: Learner, names: Sequence[str], replicas: Mapping[str, Learner], sabotage: Sabotage, safeguard: Safeguard,
+    shares: Sequence[Batches], training: Training, splits: Splits,
+) -> tuple[dict[str, Any], Predictor]:  # fmt: skip
+    """Return whom each member trains against, and who answers in the end."""
+    if sabotage.server is not None:
+        x, y = (one.to(training.device) for one in (splits.auxiliary.x, splits.auxiliary.y))
+        if replicas:
+            return {name: sabotage.server(replica, x, y) for name, replica in replicas.items()}, top
+        return dict.fromkeys(names, sabotage.server(top, x, y)), top
+    if training.protocol == "parallel" and safeguard.step is not None:
+        sizes = [
+            [min(own.batch_size, len(own.x) - at) for at in range(0, len(own.x), own.batch_size)] for own in shares
+        ]
+        return dict.fromkeys(names, PerClientServer(top, safeguard.step, sizes)), top
+    if safeguard.seats is not None and not replicas and training.protocol == "splitfed_v2":
+        seats = safeguard.seats(top, names, sum(map(len, shares)))
+        return {name: seats.session(name) for name in names}, seats
+    return (dict(replicas) if replicas else {name: top.session(name) for name in names}), top
+
+
+def _shares(
+    training: Training, splits: Splits, alpha: float, liars: Sequence[int], sabotage: Sabotage
+) -> list[Batches]:
+    x, y = splits.private.x, splits.private.y
+    found = []
+    for place, rows in enumerate(partition.dirichlet(y, training.clients, alpha, training.seed, min_rows=2)):
+        own_x, own_y = x[rows], y[rows]
+        if place in liars and sabotage.data is not None:
+            own_x, own_y = sabotage.data(liars.index(place))(own_x, own_y)
+        seed = training.seed * 1000 + place
+        found.append(Batches(own_x, own_y, batch_size=training.batch_size, seed=seed))
+    return found
+
+
+def _guard(place: int, liars: Sequence[int], sabotage: Sabotage, safeguard: Safeguard) -> Guard | None:
+    if place in liars and sabotage.guard is not None:
+        return sabotage.guard(liars.index(place))
+    return safeguard.noise() if safeguard.noise is not None else None
+
+
+def _client(name: str, stage: nn.Module, training: Training, guard: Guard | None, place: int) -> Learner:
+    own = copy.deepcopy(stage)
+    return Learner(name, own, optimizer_for(own, training), guard, seed=training.seed * 1000 + place + 1)
+
+
+def _optimizer(stage: nn.Module, training: Training, safeguard: Safeguard) -> torch.optim.Optimizer | None:
+    inner = optimizer_for(stage, training)
+    return inner if inner is None or safeguard.clip is None else ClippedSteps(inner, safeguard.clip)

@@ -1,0 +1,272 @@
+"""Names become poisoning attacks and defenses against them here, and only here, one line each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from attacks.poisoning import (
+    ALIE,
+    Adaptive,
+    Backdoor,
+    EmbeddingBackdoor,
+    InnerProduct,
+    Mimic,
+    MinMax,
+    MinSum,
+    MirroredLabels,
+    ModelReplacement,
+    NextLabels,
+    Patch,
+    RandomLabels,
+    ServerBackdoor,
+    SignFlip,
+    SmashedNoise,
+    SmashedStatistics,
+    distributed,
+    misa,
+)
+from defenses.aggregation import (
+    FLAME,
+    NNM,
+    Bulyan,
+    CentredClipping,
+    DnC,
+    FoolsGold,
+    GeometricMedian,
+    Krum,
+    Median,
+    Mixed,
+    MultiKrum,
+    Robust,
+    Rule,
+    TrimmedMean,
+)
+from defenses.poisoning import SafeSplitServer, WitnessedServer
+from experiments.bad_members import FEDERATIONS, Sabotage, Safeguard
+from splitlearn.party import Learner
+
+__all__ = ["POISON_ATTACKS", "POISON_DEFENSES", "PoisonAim", "PoisonAttack", "PoisonDefense"]
+
+SPLIT = tuple(name for name in FEDERATIONS if name != "fedavg")
+FED = ("splitfed_v1", "splitfed_v2", "parallel", "fedavg")  # where a fed server averages what clients send
+WARM_UP = 5  # rounds in which witnesses learn before they are asked
+CLIP = 1.0  # of a step of the top: the norm of its gradient
+
+
+@dataclass(frozen=True)
+class PoisonAim:
+    """What is public to bad members: how many they are of how many, the classes, the bounds, the rule, the bottom."""
+
+    classes: int
+    members: int
+    bad: int
+    bounds: tuple[float, float] | None
+    seed: int
+    rule: Callable[[Tensor], Tensor] | None = None  # of the fed server, where it is one; None: the mean
+    bottom: Callable[[], nn.Module] = nn.Identity
+
+    @property
+    def backdoor(self) -> Backdoor:
+        """A patch of 2 × 2 in the corner of half of a bad member's samples, which then are class 0."""
+        top = 1.0 if self.bounds is None else self.bounds[1]
+        return Backdoor(target=0, trigger=Patch(value=top, bounds=self.bounds), share=0.5, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class PoisonAttack:
+    """An attack by members, or by the main server, on one of the surfaces. ``goal``: any error, or a backdoor."""
+
+    summary: str
+    surface: Literal["data", "activations", "gradients", "weights"]
+    build: Callable[[PoisonAim], Sabotage]
+    goal: Literal["accuracy", "backdoor"] = "accuracy"
+    protocols: tuple[str, ...] = FEDERATIONS
+
+
+@dataclass(frozen=True)
+class PoisonDefense:
+    """A defense. ``build(bad, members)`` makes it for so many bad ones; ``rule`` is its rule on updates, if any."""
+
+    summary: str
+    build: Callable[[int, int], Safeguard]
+    rule: Callable[[int, int], Rule] | None = None
+    protocols: tuple[str, ...] = FEDERATIONS
+
+
+def flipping(kind: Callable[[int], Callable]) -> Callable[[PoisonAim], Sabotage]:
+    """Return what has bad members' labels flipped."""
+    return lambda aim: Sabotage(data=lambda number: kind(aim.classes))
+
+
+def backdoored(aim: PoisonAim, **also: object) -> Sabotage:
+    """Return the BadNets patch on half of each bad member's samples, and what else they do."""
+    return Sabotage(data=lambda number: aim.backdoor, trigger=aim.backdoor.triggered, target=0, **also)  # type: ignore[arg-type]
+
+
+def dealt(aim: PoisonAim) -> Sabotage:
+    """Return the patch in parts, one a bad member, the whole at test time; updates are boosted."""
+    parts = distributed(aim.backdoor, min(4, max(1, aim.bad)))
+    return Sabotage(
+        data=lambda number: parts[number % len(parts)], trigger=aim.backdoor.triggered, updates=ModelReplacement()
+    )
+
+
+def embedded(aim: PoisonAim) -> Sabotage:
+    """Return a trigger on activations, which bad members send as class 0."""
+    lie = EmbeddingBackdoor(target=0, seed=aim.seed)
+    return Sabotage(guard=lambda number: lie, trigger=lie.triggered, on_activations=True)
+
+
+def jointly(aim: PoisonAim) -> Sabotage:
+    """Return MISA: lies about activations and Min-Sum on bottoms."""
+    guard, updates = misa()
+    return Sabotage(guard=lambda number: guard, updates=updates)
+
+
+def knowing(aim: PoisonAim) -> Sabotage:
+    """Return colluders who know the fed server's rule."""
+    return Sabotage(updates=Adaptive(aim.rule if aim.rule is not None else _mean))
+
+
+def serving(aim: PoisonAim) -> Sabotage:
+    """Return a main server that trains the backdoor on a surrogate client; it holds labelled auxiliary samples."""
+    settings = ServerBackdoor(backdoor=aim.backdoor, surrogate=aim.bottom, seed=aim.seed)
+    return Sabotage(server=settings.party, trigger=aim.backdoor.triggered)
+
+
+def _mean(rows: Tensor) -> Tensor:
+    return rows.mean(0)
+
+
+POISON_ATTACKS: dict[str, PoisonAttack] = {
+    "label_flip": PoisonAttack(
+        "labels y become C − 1 − y (Fang et al. 2020)", "data", flipping(lambda classes: MirroredLabels(classes))
+    ),
+    "label_flip_pairwise": PoisonAttack(
+        "labels y become y + 1", "data", flipping(lambda classes: NextLabels(classes))
+    ),
+    "label_flip_random": PoisonAttack(
+        "labels become any others", "data", flipping(lambda classes: RandomLabels(classes))
+    ),
+    "sign_flip": PoisonAttack(
+        "five times the mean honest update, reversed", "weights", lambda aim: Sabotage(updates=SignFlip(5.0)),
+        protocols=FED,
+    ),
+    "inner_product": PoisonAttack(
+        "a little against the mean honest update (Xie et al. 2020)", "weights",
+        lambda aim: Sabotage(updates=InnerProduct(0.5)), protocols=FED,
+    ),
+    "alie": PoisonAttack(
+        "a little is enough: z standard deviations off, unseen (Baruch et al. 2019)", "weights",
+        lambda aim: Sabotage(updates=ALIE(z=1.5)), protocols=FED,
+    ),
+    "min_max": PoisonAttack(
+        "as far off as honest updates are apart (Shejwalkar & Houmansadr 2021)", "weights",
+        lambda aim: Sabotage(updates=MinMax()), protocols=FED,
+    ),
+    "min_sum": PoisonAttack(
+        "as far off as the outermost honest update (Shejwalkar & Houmansadr 2021)", "weights",
+        lambda aim: Sabotage(updates=MinSum()), protocols=FED,
+    ),
+    "mimic": PoisonAttack(
+        "copies of one honest update (Karimireddy et al. 2022)", "weights", lambda aim: Sabotage(updates=Mimic()),
+        protocols=FED,
+    ),
+    "adaptive": PoisonAttack(
+        "updates searched for against the rule, which is known (Fang et al. 2020)", "weights", knowing, protocols=FED
+    ),
+    "smashed_noise": PoisonAttack(
+        "activations under noise of five standard deviations (HealSplit's taxonomy)", "activations",
+        lambda aim: Sabotage(guard=lambda number: SmashedNoise(5.0)), protocols=SPLIT,
+    ),
+    "smashed_statistics": PoisonAttack(
+        "activations drawn from their own statistics, moved against them", "activations",
+        lambda aim: Sabotage(guard=lambda number: SmashedStatistics()), protocols=SPLIT,
+    ),
+    "misa": PoisonAttack(
+        "lies about activations and Min-Sum on bottoms (MISA, Wan et al. 2024)", "activations", jointly,
+        protocols=("splitfed_v1", "splitfed_v2", "parallel"),
+    ),
+    "badnets": PoisonAttack(
+        "a patch that means class 0, on half of a bad member's samples (Gu et al. 2017)", "data", backdoored, "backdoor"
+    ),
+    "replacement": PoisonAttack(
+        "the patch, and updates scaled up to survive the average (Bagdasaryan et al. 2020)", "weights",
+        lambda aim: backdoored(aim, updates=ModelReplacement()), "backdoor", FED,
+    ),
+    "dba": PoisonAttack(
+        "the patch in parts, one a bad member (DBA, Xie et al. 2020)", "weights", dealt, "backdoor", FED
+    ),
+    "embedding": PoisonAttack(
+        "a trigger on activations, sent as class 0", "activations", embedded, "backdoor", SPLIT
+    ),
+    "server_backdoor": PoisonAttack(
+        "a main server that trains a backdoor on a surrogate client (Tajalli et al. 2023)", "gradients", serving,
+        "backdoor", ("splitfed_v1", "splitfed_v2"),
+    ),
+}  # fmt: skip
+
+
+def by(rule: Callable[[int, int], Rule], clip: float | None = None) -> Callable[[int, int], Safeguard]:
+    """Return what puts a rule on bottoms, tops and, in parallel training, the clients' gradients of the top."""
+
+    def build(bad: int, members: int) -> Safeguard:
+        made = rule(bad, members)
+        return Safeguard(Robust(made), Robust(rule(bad, members)), clip, made)
+
+    return build
+
+
+def ruled(summary: str, rule: Callable[[int, int], Rule], clip: float | None = None) -> PoisonDefense:
+    """Return the entry of an aggregation rule."""
+    return PoisonDefense(summary, by(rule, clip), rule)
+
+
+def trimmed(bad: int, members: int) -> Rule:
+    """Return the trimmed mean for so many bad ones."""
+    return TrimmedMean(bad)
+
+
+def witnessed(bad: int, members: int) -> Safeguard:
+    """Return witnesses before the shared top, its steps clipped, and medians of bottoms."""
+
+    def seats(top: Learner, names: Sequence[str], batches: int) -> WitnessedServer:
+        return WitnessedServer(top, names, warm_up=WARM_UP * batches)
+
+    return Safeguard(Robust(Median()), clip=CLIP, seats=seats)
+
+
+POISON_DEFENSES: dict[str, PoisonDefense] = {
+    "none": PoisonDefense("the mean, weighed by samples", lambda bad, members: Safeguard()),
+    "median": ruled("median of each coordinate (Yin et al. 2018)", lambda bad, members: Median()),
+    "trimmed_mean": ruled("mean of each coordinate without the f least and greatest (Yin et al. 2018)", trimmed),
+    "krum": ruled("the update nearest to its n − f − 2 nearest (Blanchard et al. 2017)", lambda bad, _: Krum(bad)),
+    "multi_krum": ruled("mean of the n − f that Krum likes best", lambda bad, _: MultiKrum(bad)),
+    "bulyan": ruled("Krum again and again, then a mean (El Mhamdi et al. 2018)", lambda bad, _: Bulyan(bad)),
+    "geometric_median": ruled("the point of least total distance (Pillutla et al. 2022)", lambda *_: GeometricMedian()),
+    "centred_clipping": ruled("clipped around their centre (Karimireddy et al. 2021)", lambda *_: CentredClipping()),
+    "dnc": ruled("those far along a first singular direction left out (DnC, 2021)", lambda bad, _: DnC(bad)),
+    "flame": ruled("clusters by cosine, clipping to the median norm (Nguyen et al. 2022)", lambda *_: FLAME()),
+    "foolsgold": ruled("those too much alike count for less (Fung et al. 2020)", lambda *_: FoolsGold()),
+    "nnm": ruled(
+        "trimmed mean after mixing each update with its nearest (Allouah et al. 2023)",
+        lambda bad, _: Mixed(NNM(bad), TrimmedMean(bad)),
+    ),
+    "clip": PoisonDefense(
+        "steps of the top clipped, bottoms by the mean", lambda bad, members: Safeguard(clip=CLIP), protocols=SPLIT
+    ),
+    "trimmed_mean_clip": PoisonDefense(
+        "trimmed means, and steps of the top clipped", by(trimmed, CLIP), trimmed, SPLIT
+    ),
+    "safesplit": PoisonDefense(
+        "turns of the shared top rolled back by majority (SafeSplit, Rieger et al. 2025), trimmed means of bottoms",
+        lambda bad, members: Safeguard(Robust(TrimmedMean(bad)), seats=lambda top, *_: SafeSplitServer(top)),
+        trimmed, ("splitfed_v2",),
+    ),
+    "witnesses": PoisonDefense(
+        "the shared top learns what tops of other clients find likely, in clipped steps; medians of bottoms (ours)",
+        witnessed, lambda bad, members: Median(), ("splitfed_v2",),
+    ),
+}  # fmt: skip

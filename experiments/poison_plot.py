@@ -1,0 +1,161 @@
+"""Pictures of poisoning: the worst attack on each defense, and accuracy against the success of backdoors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.cost_bars import noted
+from experiments.figures import number
+from experiments.plots import COLOURS, MARKERS, literal, written
+from experiments.record import Leakage, Record
+from experiments.summary import Point, Setting, summarise
+from experiments.tables import Table
+
+__all__ = ["backdoors", "poison_table", "poisonings"]
+
+FAMILY = "poisoning"
+DOOR = "backdoor"  # a goal
+WORST = {"accuracy": min, "success": max}
+
+
+def poisonings(records: Sequence[Record], path: Path) -> Path | None:
+    """Draw a heatmap for accuracy and one for success, whose cells are the worst attack; None where none poisoned."""
+    points = _poisoned(records)
+    metrics = [metric for metric in WORST if any(_leaks(point, metric) for point in points)]
+    if not metrics:
+        path.unlink(missing_ok=True)
+        return None
+    columns = list(dict.fromkeys((point.setting, point.strength) for point in points))
+    rows = list(dict.fromkeys(point.protection for point in points))
+    width, height = 2.6 + 1.75 * len(columns), 2.2 + 0.52 * len(rows)
+    size = (max(7.0, width * len(metrics)), height + 1.2)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(grid, metrics, strict=True):
+        _heat(axes, points, metric, rows, columns)
+    figure.suptitle("What bad members do, and what survives: the worst attack", fontsize=13, fontweight="bold")
+    note = (
+        "Cells: the worst attack's figure, mean over the seeds, each seed below it, and which attack. Accuracy is on "
+        "clean test samples, under attacks on it; success is the share of samples that the trigger turns to its class."
+    )
+    noted(figure, note, points)
+    return written(figure, path)
+
+
+def backdoors(records: Sequence[Record], path: Path) -> Path | None:
+    """Draw accuracy against a backdoor's success, a panel a setting, a dot a seed; None where there was no backdoor."""
+    points = [point for point in _poisoned(records) if _leaks(point, "success")]
+    if not points:
+        path.unlink(missing_ok=True)
+        return None
+    settings = list(dict.fromkeys((point.setting, point.strength) for point in points))
+    figure = Figure(figsize=(1.6 + 4.4 * len(settings), 4.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
+    names = list(dict.fromkeys(point.protection for point in points))
+    for axes, (setting, strength) in zip(grid, settings, strict=True):
+        for point in points:
+            if (point.setting, point.strength) != (setting, strength):
+                continue
+            look = names.index(point.protection)
+            worst = [_worst(record, "success") for record in point.records]
+            found = [(leak.metrics["accuracy"], leak.metrics["success"]) for leak in worst if leak is not None]
+            axes.scatter(
+                [success for _, success in found], [accuracy for accuracy, _ in found], s=46, alpha=0.85,
+                color=COLOURS[look % len(COLOURS)], marker=MARKERS[look % len(MARKERS)],
+                label=literal(point.protection),
+                edgecolors="white", linewidths=0.6,
+            )  # fmt: skip
+        axes.set_xlim(-0.04, 1.04)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_title(literal(f"{setting.title}\n{strength}"), fontsize=9.5)
+        axes.set_xlabel("success of the worst backdoor")
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0].set_ylabel("accuracy on clean samples")
+    handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
+    figure.suptitle("Backdoors: what gets in, and at what accuracy it is kept out", fontsize=13, fontweight="bold")
+    noted(figure, "A dot a seed. Upper left is good: accurate, and the trigger means nothing.", points)
+    return written(figure, path)
+
+
+def poison_table(points: Sequence[Point]) -> Table | None:
+    """Return a row for each attack on each configuration, its figures seed by seed."""
+    found = [point for point in points if any(leak.family == FAMILY for r in point.records for leak in r.leakage)]
+    if not found:
+        return None
+    rows = []
+    for point in found:
+        for name in point.attacks:
+            leaks = point.leaks(name)
+            rows.append(
+                (
+                    point.setting.title, f"{point.protection}, {point.strength}", name,
+                    str(leaks[0].details.get("surface", "")),
+                    _seeds([leak.baselines["accuracy_unattacked"] for leak in leaks]),
+                    _seeds([leak.metrics["accuracy"] for leak in leaks]),
+                    _seeds([leak.metrics["success"] for leak in leaks if "success" in leak.metrics]),
+                    _seeds([leak.metrics["out_of_bad"] for leak in leaks if "out_of_bad" in leak.metrics]),
+                    _seeds([leak.metrics["out_of_honest"] for leak in leaks if "out_of_honest" in leak.metrics]),
+                    str(sum(int(leak.details.get("not_finite", 0)) for leak in leaks)),
+                )
+            )  # fmt: skip
+    caption = (
+        "Each attack on each defense, a figure a seed. Shut out: the share of rounds in which an update had no part in "
+        "the result, of bad and of honest members, where the rule says so."
+    )
+    columns = (
+        "setting", "defense", "attack", "surface", "accuracy unattacked", "accuracy", "success", "bad shut out",
+        "honest shut out", "not finite",
+    )  # fmt: skip
+    return Table(caption, columns, tuple(rows), 4)
+
+
+def _heat(
+    axes: Axes, points: Sequence[Point], metric: str, rows: Sequence[str], columns: Sequence[tuple[Setting, str]]
+) -> None:
+    values = np.full((len(rows), len(columns)), np.nan)
+    for point in points:
+        row, column = rows.index(point.protection), columns.index((point.setting, point.strength))
+        worst = [leak for record in point.records if (leak := _worst(record, metric)) is not None]
+        if not worst:
+            continue
+        values[row, column] = sum(leak.metrics[metric] for leak in worst) / len(worst)
+        by = max(leaks := [leak.attack for leak in worst], key=leaks.count)
+        text = f"{values[row, column]:.2f}\n{' '.join(f'{leak.metrics[metric]:.2f}' for leak in worst)}\n{by}"
+        dark = values[row, column] < 0.45 if metric == "accuracy" else values[row, column] > 0.55
+        axes.text(column, row, literal(text), ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    axes.imshow(values, vmin=0, vmax=1, cmap="cividis" if metric == "accuracy" else "cividis_r", aspect="auto")
+    axes.set_xticks(range(len(columns)), [literal(_column(*one)) for one in columns], fontsize=8)
+    axes.set_yticks(range(len(rows)), [literal(row) for row in rows], fontsize=8.5)
+    axes.set_title({"accuracy": "accuracy under attack", "success": "success of a backdoor"}[metric], fontsize=10)
+
+
+def _column(setting: Setting, strength: str) -> str:
+    return "\n".join([*setting.parts, *strength.split(", ")])
+
+
+def _poisoned(records: Sequence[Record]) -> list[Point]:
+    return [
+        point for point in summarise(records) if any(leak.family == FAMILY for r in point.records for leak in r.leakage)
+    ]
+
+
+def _leaks(point: Point, metric: str) -> bool:
+    return any(_worst(record, metric) is not None for record in point.records)
+
+
+def _worst(record: Record, metric: str) -> Leakage | None:
+    """Return the attack of this goal that did worst in a trial: on accuracy, or a backdoor."""
+    door = metric == "success"
+    found = [leak for leak in record.leakage if leak.family == FAMILY and (leak.details.get("goal") == DOOR) is door]
+    return WORST[metric](found, key=lambda leak: leak.metrics[metric], default=None)
+
+
+def _seeds(values: Sequence[float]) -> str:
+    return " ".join(number(value) for value in values) or "—"

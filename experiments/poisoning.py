@@ -1,0 +1,332 @@
+"""What do bad members do to a federation, and what survives them? Attacks × defenses × protocols; four questions of it.
+
+A trial is one defense under one protocol: a training without attack, and one with each attack. Utility is that of the
+first. Of an attack on accuracy the advantage is the share of what the training had gained over the commonest class that
+the attack took away; of a backdoor its success, over that of the same trigger on the unattacked model.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attacks.poisoning import backdoor_success
+from experiments.bad_members import FEDERATIONS, Federated, Sabotage, Safeguard, federate
+from experiments.experiment import Experiment, Options, reproduction
+from experiments.names import find
+from experiments.parts import told
+from experiments.poison_ingredients import POISON_ATTACKS, POISON_DEFENSES, PoisonAim
+from experiments.record import Leakage
+from experiments.runner import Outcome, Task
+from experiments.training import (
+    Training,
+    build_model,
+    described,
+    device_of,
+    load_splits,
+    places,
+    sizes_of,
+    warm_up,
+)
+from splitlearn.cut import cut
+from splitlearn.data import DATASETS, Splits
+from splitlearn.metrics import accuracy_advantage, utility
+
+__all__ = ["BACKDOOR", "POISONING", "ROUNDS", "SURFACE", "Config"]
+
+ROUNDS = {"splitfed_v1": 40, "splitfed_v2": 30, "splitfed_v3": 30, "parallel": 40, "fedavg": 30}
+RATES = {"splitfed_v1": 0.05, "splitfed_v2": 0.02, "splitfed_v3": 0.05, "parallel": 0.05, "fedavg": 0.05}
+DAMAGE = ("label_flip", "sign_flip", "alie", "min_max", "adaptive", "smashed_noise", "misa")
+DOORS = ("badnets", "replacement", "dba", "embedding")
+BOTH = ("none", "clip", "trimmed_mean", "multi_krum", "nnm", "trimmed_mean_clip")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of poisoning."""
+
+    protocols: tuple[str, ...] = field(
+        default=("splitfed_v1", "splitfed_v2", "fedavg"), metadata={"help": f"of {', '.join(FEDERATIONS)}"}
+    )
+    defenses: tuple[str, ...] = field(
+        default=BOTH, metadata={"help": f"of {', '.join(POISON_DEFENSES)}; left out where a protocol has no use for it"}
+    )
+    attacks: tuple[str, ...] = field(
+        default=DAMAGE,
+        metadata={"help": f"of {', '.join(POISON_ATTACKS)}; left out where a protocol has no such surface"},
+    )
+    clients: int = field(default=20, metadata={"help": "members of the federation"})
+    bad: tuple[int, ...] = field(default=(4,), metadata={"help": "how many of them are bad; each is a trial"})
+    alphas: tuple[float, ...] = field(
+        default=(1.0,), metadata={"help": "Dirichlet concentration of the members' classes: small is unlike"}
+    )
+    cuts: tuple[str, ...] = field(
+        default=("default",),
+        metadata={"help": "last layer below the cut, by name; default: the model's usual one; depths: one to three"},
+    )
+    private: int = field(default=0, metadata={"help": "private samples of all members; 0: all but the auxiliary"})
+    auxiliary: int = field(default=100, metadata={"help": "labelled samples that a bad server holds"})
+    rounds: int = field(default=0, metadata={"help": "rounds of training; 0: the protocol's usual number, 30 or 40"})
+    batch_size: int = field(default=16, metadata={"help": "samples in a batch"})
+    lr: float = field(default=0.0, metadata={"help": "learning rate of SGD with momentum; 0: the protocol's usual one"})
+
+
+@dataclass(frozen=True)
+class Backdoor(Config):
+    """Options of backdoor: attacks that plant one, and defenses that may answer."""
+
+    protocols: tuple[str, ...] = field(
+        default=("splitfed_v1", "splitfed_v2"), metadata={"help": f"of {', '.join(FEDERATIONS)}"}
+    )
+    defenses: tuple[str, ...] = field(
+        default=(
+            "none",
+            "trimmed_mean",
+            "multi_krum",
+            "geometric_median",
+            "trimmed_mean_clip",
+            "safesplit",
+            "witnesses",
+        ),
+        metadata={"help": f"of {', '.join(POISON_DEFENSES)}"},
+    )
+    attacks: tuple[str, ...] = field(default=DOORS, metadata={"help": f"of {', '.join(POISON_ATTACKS)}"})
+
+
+@dataclass(frozen=True)
+class Surface(Config):
+    """Options of surface: one attack a surface, at each depth of the cut."""
+
+    protocols: tuple[str, ...] = field(
+        default=("splitfed_v1", "splitfed_v2", "fedavg"), metadata={"help": f"of {', '.join(FEDERATIONS)}"}
+    )
+    defenses: tuple[str, ...] = field(
+        default=("none", "trimmed_mean", "trimmed_mean_clip"), metadata={"help": f"of {', '.join(POISON_DEFENSES)}"}
+    )
+    attacks: tuple[str, ...] = field(
+        default=("label_flip", "smashed_noise", "server_backdoor", "sign_flip"),
+        metadata={"help": f"of {', '.join(POISON_ATTACKS)}"},
+    )
+    cuts: tuple[str, ...] = field(
+        default=("depths",),
+        metadata={"help": "last layer below the cut, by name; default: the model's usual one; depths: one to three"},
+    )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One defense under one protocol, against no attack and each of several."""
+
+    data: str
+    sizes: tuple[int, int, int]
+    training: Training
+    defense: str
+    attacks: tuple[str, ...]
+    bad: int
+    alpha: float
+
+    def described(self, splits: Splits) -> dict[str, Any]:
+        """Return the full configuration: every setting that the result depends on."""
+        aim = aim_of(replace(self, training=replace(self.training, seed=0)), splits)
+        return {
+            **described(self.data, self.sizes, self.training),
+            "bad": self.bad, "alpha": self.alpha,
+            "defense": {"name": self.defense, **_settings(POISON_DEFENSES[self.defense].build(self.bad, aim.members))},
+            "attacks": {name: _settings(POISON_ATTACKS[name].build(aim)) for name in self.attacks},
+        }  # fmt: skip
+
+
+def tasks(config: Config, options: Options, *, name: str) -> list[Task]:
+    """Return one task for each protocol, cut, defense, number of bad members, alpha and seed; all is checked first."""
+    find("data set", options.data, DATASETS)
+    chosen = [find("attack", one, POISON_ATTACKS) for one in config.attacks]
+    for one in config.defenses:
+        find("defense", one, POISON_DEFENSES)
+    for one in config.protocols:
+        find("protocol", one, ROUNDS)
+    for bad in config.bad:
+        if not 1 <= bad < config.clients:
+            raise ValueError(f"expected --bad members from 1 to {config.clients - 1} of {config.clients}, got {bad}")
+    if not chosen:
+        raise ValueError("expected at least one attack, got none: nothing to do; name one with --attacks")
+    device = device_of(options.device)
+    sizes = _sizes(options.data, config)
+    splits = load_splits(options.data, options.data_dir, sizes=sizes)
+    if splits.private.kind == "tokens":
+        raise ValueError(f"expected inputs that are numbers, got {options.data}, which holds tokens")
+    found = []
+    for protocol in config.protocols:
+        attacks = tuple(one for one in config.attacks if protocol in POISON_ATTACKS[one].protocols)
+        defenses = [one for one in config.defenses if protocol in POISON_DEFENSES[one].protocols]
+        cuts = [places(config.cuts, splits)[0]] if protocol == "fedavg" else places(config.cuts, splits)
+        for place in cuts:
+            for defense in defenses if attacks else ():
+                for bad in config.bad:
+                    _check_limit(defense, bad, config.clients)
+                    for alpha in config.alphas:
+                        for seed in options.seeds:
+                            training = Training(
+                                protocol=protocol, cut=place, epochs=config.rounds or ROUNDS[protocol],
+                                batch_size=config.batch_size, optimizer="sgd", lr=config.lr or RATES[protocol],
+                                clients=config.clients, seed=seed, device=device,
+                            )  # fmt: skip
+                            trial = Trial(options.data, sizes, training, defense, attacks, bad, alpha)
+                            alone = replace(
+                                config, protocols=(protocol,), cuts=(place,), defenses=(defense,), bad=(bad,),
+                                alphas=(alpha,),
+                            )  # fmt: skip
+                            command = reproduction(name, alone, data=options.data, device=device, seed=seed)
+                            labels = {
+                                "seed": seed, "data": options.data, "protocol": protocol,
+                                "cut": "" if protocol == "fedavg" else place, "protection": defense,
+                                "strength": f"{bad} of {config.clients} bad, α {alpha:g}",
+                            }  # fmt: skip
+                            call = partial(run_trial, trial, options.data_dir)
+                            found.append(Task(name, trial.described(splits), command, labels, call))
+    if not found:
+        raise ValueError(
+            f"expected a protocol in which attacks and defenses have a surface, got {', '.join(config.protocols)} with "
+            f"{', '.join(config.attacks)} and {', '.join(config.defenses)}; see splitlearn list poisoning"
+        )
+    return found
+
+
+def _check_limit(defense: str, bad: int, clients: int) -> None:
+    """Refuse more bad members than a rule is defined for."""
+    POISON_DEFENSES[defense].build(bad, clients)
+    rule = POISON_DEFENSES[defense].rule
+    if rule is not None and (made := rule(bad, clients)).least > clients:
+        raise ValueError(
+            f"expected at least {made.least} clients for {defense} against {bad} bad ones ({made}), got {clients}; lower "
+            "--bad, raise --clients, or leave it out"
+        )
+
+
+def aim_of(trial: Trial, splits: Splits) -> PoisonAim:
+    """Return what is public to the bad members."""
+    defense, training = POISON_DEFENSES[trial.defense], trial.training
+    rule = None if defense.rule is None else defense.rule(trial.bad, training.clients)
+    bounds = (0.0, 1.0) if splits.private.kind == "image" else None
+    bottom = partial(_bottom, training, splits)
+    return PoisonAim(splits.private.num_classes, training.clients, trial.bad, bounds, training.seed, rule, bottom)
+
+
+def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
+    """Train without attack, then with each, and return what came of it."""
+    warm_up()
+    splits = load_splits(trial.data, data_dir, sizes=trial.sizes)
+    defense, aim = POISON_DEFENSES[trial.defense], aim_of(trial, splits)
+    x, y = splits.test.x.to(trial.training.device), splits.test.y.to(trial.training.device)
+    seconds: dict[str, float] = {}
+
+    def trained(name: str, sabotage: Sabotage) -> Federated:
+        begun = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(trial.training.seed)
+            done = federate(
+                trial.training, splits, alpha=trial.alpha, bad=trial.bad, sabotage=sabotage,
+                safeguard=defense.build(trial.bad, trial.training.clients),
+            )  # fmt: skip
+        seconds[name] = time.perf_counter() - begun
+        return done
+
+    clean = trained("train", Sabotage())
+    worth = utility(clean.logits(x).nan_to_num(), y)
+    traces = {"accuracy (no attack)": clean.accuracy}
+    leakage, notes = [], [clean.stopped] if clean.stopped else []
+    for name in trial.attacks:
+        sabotage = POISON_ATTACKS[name].build(aim)
+        done = trained(f"attack_{name}", sabotage)
+        leakage.append(_scored(name, sabotage, done, clean, x, y))
+        traces[f"accuracy ({name})"] = done.accuracy
+        notes += [f"{name}: {done.stopped}"] if done.stopped else []
+    parameters = sum(one.numel() for one in _bottom(trial.training, splits).parameters())
+    return Outcome(
+        utility=worth, leakage=leakage, seconds=seconds, nbytes=clean.nbytes, traces=traces,
+        visible={f"attacker ({name})": [f"surface: {POISON_ATTACKS[name].surface}"] for name in trial.attacks},
+        notes=[*notes, f"{parameters} parameters of bottoms are averaged; bad members: {clean.bad}"],
+    )  # fmt: skip
+
+
+def _scored(
+    name: str, sabotage: Sabotage, done: Federated, clean: Federated, x: torch.Tensor, y: torch.Tensor
+) -> Leakage:
+    """Return what one attack did, beside the training that nobody attacked."""
+    logits, before = done.logits(x).nan_to_num(), clean.logits(x).nan_to_num()
+    metrics = {"accuracy": utility(logits, y)["accuracy"]}
+    unattacked = utility(before, y)["accuracy"]
+    baselines = {"accuracy_unattacked": unattacked}
+    majority = torch.bincount(y).max().item() / len(y)
+    if sabotage.trigger is not None:
+        inner = sabotage.on_activations
+
+        def success(model: Federated) -> float:
+            found = model.logits(x, sabotage.trigger, inner=inner).nan_to_num()
+            return backdoor_success(found, y, sabotage.target)
+
+        metrics["success"], baselines["success_unattacked"] = success(done), success(clean)
+        advantage = accuracy_advantage(metrics["success"], baselines["success_unattacked"])
+    else:
+        gained = unattacked - majority
+        advantage = min(1.0, max(0.0, (unattacked - metrics["accuracy"]) / gained)) if gained > 0 else 0.0
+    out = [(set(done.bad) & set(one), set(one) - set(done.bad)) for one in done.out if one]
+    if out:
+        others = done.members - len(done.bad)
+        metrics["out_of_bad"] = sum(len(bad) for bad, _ in out) / (len(done.out) * max(1, len(done.bad)))
+        metrics["out_of_honest"] = sum(len(good) for _, good in out) / (len(done.out) * max(1, others))
+    details = {
+        "best": name, "goal": POISON_ATTACKS[name].goal, "surface": POISON_ATTACKS[name].surface,
+        "bad": done.bad, "not_finite": done.lost, "stopped": done.stopped,
+    }  # fmt: skip
+    return Leakage(
+        attack=name, family="poisoning", advantage=advantage, metrics=metrics, baselines=baselines, details=details
+    )
+
+
+def _bottom(training: Training, splits: Splits) -> torch.nn.Module:
+    """Return a fresh bottom as members start with; the whole model in FedAvg."""
+    model = build_model(splits, seed=training.seed).to(training.device)
+    return model if training.protocol == "fedavg" else cut(model, training.cut)[0]
+
+
+def _sizes(data: str, config: Config) -> tuple[int, int, int]:
+    usual = DATASETS[data].sizes
+    auxiliary = config.auxiliary
+    private = config.private or usual[0] + usual[1] - auxiliary
+    return sizes_of(data, private=private, auxiliary=auxiliary)
+
+
+def _settings(thing: Sabotage | Safeguard) -> dict[str, str]:
+    """Return what is set, as text: a function that makes something shows what it makes."""
+    found = {}
+    for key, value in vars(thing).items():
+        made: object = value
+        if key in ("data", "guard") and isinstance(value, Callable):  # type: ignore[arg-type]
+            made = value(0)
+        if value not in (None, False, 0):
+            found[key] = told(getattr(made, "rule", made))
+    return found
+
+
+POISONING = Experiment(
+    "poisoning",
+    "What do bad members do to accuracy, and what survives? Attacks × defenses × protocols, the worst attack counts",
+    Config,
+    partial(tasks, name="poisoning"),
+)
+BACKDOOR = Experiment(
+    "backdoor",
+    "Does a backdoor get in, and at what accuracy is it kept out? Backdoors × defenses × protocols",
+    Backdoor,
+    partial(tasks, name="backdoor"),
+)
+SURFACE = Experiment(
+    "surface",
+    "Which surface does a defense cover, and how deep is the cut? One attack a surface × defenses × depths",
+    Surface,
+    partial(tasks, name="surface"),
+)

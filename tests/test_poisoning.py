@@ -1,0 +1,171 @@
+"""Poisoning experiments end to end at toy size: every attack on every protocol, every defense, records and pictures."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import poisoning
+from experiments.bad_members import FEDERATIONS, Sabotage, Safeguard, bad_members, federate
+from experiments.catalogue import POISON_ATTACKS, POISON_DEFENSES
+from experiments.experiment import Options
+from experiments.poison_plot import poison_table
+from experiments.report import build
+from experiments.runner import Outcome, run
+from experiments.store import Store
+from experiments.summary import summarise
+from experiments.training import Training, load_splits
+from splitlearn.guard import Guard
+
+ONCE = Options(seeds=(0,))
+TOY = poisoning.Config(
+    protocols=("splitfed_v2",), defenses=("none",), attacks=("sign_flip",), clients=10, bad=(1,), private=160, rounds=1,
+    alphas=(100.0,),
+)  # fmt: skip
+SPLITS = load_splits("digits", None, sizes=(400, 100, 397))
+
+
+def outcome_of(config: poisoning.Config) -> Outcome:
+    (task,) = poisoning.tasks(config, ONCE, name="poisoning")
+    assert shlex.split(task.command)[:3] == ["splitlearn", "run", "poisoning"]
+    assert "0x" not in str(task.config)
+    return task.call()
+
+
+def trained(protocol: str, *, rounds: int, **also: Sabotage | Safeguard) -> float:
+    rates = {"splitfed_v2": 0.02}
+    training = Training(
+        protocol=protocol, cut="relu2", epochs=rounds, batch_size=16, optimizer="sgd", lr=rates.get(protocol, 0.05),
+        clients=5, seed=0,
+    )  # fmt: skip
+    parts = {"sabotage": Sabotage(), "safeguard": Safeguard()} | also
+    done = federate(training, SPLITS, alpha=100.0, bad=1, **parts)  # type: ignore[arg-type]
+    assert len(done.accuracy) == rounds
+    return done.accuracy[-1]
+
+
+@pytest.mark.parametrize("protocol", FEDERATIONS)
+def test_every_federation_runs_every_attack_that_has_a_surface_there(protocol: str) -> None:
+    fits = tuple(name for name, one in POISON_ATTACKS.items() if protocol in one.protocols)
+    outcome = outcome_of(replace(TOY, protocols=(protocol,), attacks=fits))
+    assert [leak.attack for leak in outcome.leakage] == list(fits)
+    for leak in outcome.leakage:
+        assert leak.family == "poisoning"
+        assert ("success" in leak.metrics) is (POISON_ATTACKS[leak.attack].goal == "backdoor")
+        assert 0 <= leak.advantage <= 1
+        assert len(outcome.traces[f"accuracy ({leak.attack})"]) == 1 or leak.details["stopped"]
+
+
+@pytest.mark.parametrize("name", POISON_DEFENSES)
+def test_every_defense_takes_part_in_a_round(name: str) -> None:
+    protocol = POISON_DEFENSES[name].protocols[-1]
+    attack = "label_flip"
+    outcome = outcome_of(replace(TOY, defenses=(name,), protocols=(protocol,), attacks=(attack,)))
+    assert 0 <= outcome.utility["accuracy"] <= 1
+    assert outcome.traces["accuracy (no attack)"] != []
+
+
+@pytest.mark.slow
+def test_a_reversed_update_stops_the_mean_and_not_the_trimmed_mean() -> None:
+    config = replace(TOY, protocols=("fedavg",), private=800, rounds=14, defenses=("none",), bad=(2,))
+    (mean,) = outcome_of(config).leakage
+    (trimmed,) = outcome_of(replace(config, defenses=("trimmed_mean",))).leakage
+    assert mean.baselines["accuracy_unattacked"] > 0.6
+    assert mean.metrics["accuracy"] < 0.3
+    assert mean.advantage > 0.5
+    assert trimmed.metrics["accuracy"] > mean.metrics["accuracy"] + 0.3
+
+
+def test_multi_krum_shuts_colluders_out_and_the_record_says_so() -> None:
+    config = replace(TOY, protocols=("fedavg",), private=400, rounds=3, defenses=("multi_krum",), bad=(2,))
+    (leak,) = outcome_of(config).leakage
+    assert leak.metrics["out_of_bad"] == 1.0
+    assert leak.metrics["out_of_honest"] == 0.0
+    assert leak.details["bad"] == bad_members(10, 2, 0)
+
+
+@pytest.mark.slow
+def test_a_patch_gets_into_the_shared_top_whatever_the_bottoms_are_aggregated_by() -> None:
+    config = replace(
+        TOY, attacks=("badnets",), defenses=("trimmed_mean",), clients=20, bad=(4,), private=0, rounds=30,
+        alphas=(1.0,), cuts=("relu1",),
+    )  # fmt: skip
+    (leak,) = outcome_of(config).leakage
+    assert leak.metrics["accuracy"] > 0.9
+    assert leak.metrics["success"] > 0.9
+    assert leak.baselines["success_unattacked"] < 0.1
+
+
+def test_without_bad_deeds_an_attack_is_none() -> None:
+    assert trained("splitfed_v2", rounds=2) == trained("splitfed_v2", rounds=2, sabotage=Sabotage(target=3))
+
+
+@pytest.mark.parametrize("protocol", FEDERATIONS)
+def test_every_federation_learns(protocol: str) -> None:
+    assert trained(protocol, rounds=16) > 0.6
+
+
+def test_bad_members_are_drawn_by_the_seed() -> None:
+    assert bad_members(20, 4, 0) == bad_members(20, 4, 0) != bad_members(20, 4, 1)
+    assert len(set(bad_members(20, 4, 2))) == 4
+    assert bad_members(20, 4, 2) == sorted(bad_members(20, 4, 2))
+
+
+def test_a_member_whose_numbers_are_not_finite_stops_nobody_else() -> None:
+    class Infinite(Guard):
+        def activation(self, z: torch.Tensor) -> torch.Tensor:
+            return z * torch.inf
+
+    training = Training(
+        protocol="splitfed_v2", cut="relu2", epochs=2, batch_size=16, optimizer="sgd", lr=0.02, clients=5, seed=0
+    )
+    sabotage = Sabotage(guard=lambda number: Infinite())
+    done = federate(training, SPLITS, alpha=100.0, bad=1, sabotage=sabotage, safeguard=Safeguard())
+    assert done.lost == 2
+    assert len(done.accuracy) == 2
+    assert not done.stopped
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"bad": (10,)}, "--bad members from 1 to 9 of 10, got 10"),
+        ({"attacks": ()}, "at least one attack"),
+        ({"attacks": ("signflip",)}, "did you mean sign_flip"),
+        ({"defenses": ("krumm",)}, "did you mean krum"),
+        ({"protocols": ("vanilla",)}, "no protocol is named 'vanilla'"),
+        ({"protocols": ("fedavg",), "attacks": ("misa",)}, "attacks and defenses have a surface"),
+        ({"defenses": ("bulyan",), "bad": (4,)}, "at least 19 clients for bulyan against 4 bad ones"),
+    ],
+)
+def test_what_cannot_be_is_told_before_any_work(wrong: dict[str, object], said: str) -> None:
+    with pytest.raises((ValueError, LookupError), match=said):
+        poisoning.tasks(replace(TOY, **wrong), ONCE, name="poisoning")  # type: ignore[arg-type]
+
+
+def test_a_trial_is_the_same_twice_and_its_identity_holds_the_settings() -> None:
+    config = replace(TOY, attacks=("sign_flip", "smashed_noise"))
+    torch.manual_seed(1)
+    first = outcome_of(config)
+    torch.manual_seed(2)
+    assert outcome_of(config).traces == first.traces
+    (task,) = poisoning.tasks(config, ONCE, name="poisoning")
+    assert "scale=5.0" in str(task.config["attacks"])
+    (other,) = poisoning.tasks(replace(config, defenses=("trimmed_mean",)), ONCE, name="poisoning")
+    assert "TrimmedMean(f=1)" in str(other.config["defense"])
+
+
+def test_the_report_shows_the_worst_attack_and_each_seed(tmp_path: Path) -> None:
+    config = replace(TOY, attacks=("sign_flip", "badnets"), defenses=("none", "multi_krum"))
+    found = poisoning.tasks(config, Options(seeds=(0, 1)), name="poisoning")
+    assert run(found, Store(tmp_path), jobs=1, progress=False).failed == 0
+    page = build(tmp_path).read_text()
+    for picture in ("poisoning.png", "backdoor.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+    assert 'id="poisoning"' in page
+    table = poison_table(summarise(Store(tmp_path).survey()[0]))
+    assert table is not None
+    assert len(table.rows) == 4
+    assert all(len(row[5].split()) == 2 for row in table.rows)  # a figure a seed
