@@ -201,7 +201,7 @@ def _check_limit(defense: str, bad: int, clients: int) -> None:
     rule = POISON_DEFENSES[defense].rule
     if rule is not None and (made := rule(bad, clients)).least > clients:
         raise ValueError(
-            f"expected at least {made.least} clients for {defense} against {bad} bad ones ({made}), got {clients}; lower "
+            f"expected at least {made.least} clients for {defense} against {bad} bad ones, got {clients}; lower "
             "--bad, raise --clients, or leave it out"
         )
 
