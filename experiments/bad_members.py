@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attacks.poisoning import Colluding, UpdateAttack
 from defenses.aggregation import Robust
-from defenses.poisoning import ClippedSteps, PerClientServer
+from defenses.poisoning import ClippedSteps, PerClientServer, SafeSplitServer, batch_sizes
 from experiments.setups import counted
 from experiments.training import Training, build_model, optimizer_for
 from splitlearn.cut import cut
@@ -164,6 +164,8 @@ def _rounds(
     for number in range(training.epochs):
         try:
             one()
+            if isinstance(result.top, SafeSplitServer):
+                result.top.end_turn()
         except ValueError as error:
             if "finite" not in str(error):
                 raise
@@ -224,9 +226,7 @@ def _sessions(
             return {name: sabotage.server(replica, x, y) for name, replica in replicas.items()}, top
         return dict.fromkeys(names, sabotage.server(top, x, y)), top
     if training.protocol == "parallel" and safeguard.step is not None:
-        sizes = [
-            [min(own.batch_size, len(own.x) - at) for at in range(0, len(own.x), own.batch_size)] for own in shares
-        ]
+        sizes = [batch_sizes(len(own.x), own.batch_size) for own in shares]
         return dict.fromkeys(names, PerClientServer(top, safeguard.step, sizes)), top
     if safeguard.seats is not None and not replicas and training.protocol == "splitfed_v2":
         seats = safeguard.seats(top, names, sum(map(len, shares)))

@@ -261,8 +261,8 @@ POISON_DEFENSES: dict[str, PoisonDefense] = {
         "trimmed means, and steps of the top clipped", by(trimmed, CLIP), trimmed, SPLIT
     ),
     "safesplit": PoisonDefense(
-        "turns of the shared top rolled back by majority (SafeSplit, Rieger et al. 2025), trimmed means of bottoms",
-        lambda bad, members: Safeguard(Robust(TrimmedMean(bad)), seats=lambda top, *_: SafeSplitServer(top)),
+        "turns of the shared top rolled back by majority (SafeSplit, Rieger et al. 2025), clipped steps; trimmed means",
+        lambda bad, members: Safeguard(Robust(TrimmedMean(bad)), clip=CLIP, seats=lambda top, *_: SafeSplitServer(top)),
         trimmed, ("splitfed_v2",),
     ),
     "witnesses": PoisonDefense(

@@ -84,17 +84,18 @@ class Backdoor(Config):
     )
     defenses: tuple[str, ...] = field(
         default=(
-            "none",
-            "trimmed_mean",
-            "multi_krum",
-            "geometric_median",
-            "trimmed_mean_clip",
-            "safesplit",
+            "none", "clip", "trimmed_mean", "multi_krum", "geometric_median", "trimmed_mean_clip", "safesplit",
             "witnesses",
         ),
         metadata={"help": f"of {', '.join(POISON_DEFENSES)}"},
-    )
+    )  # fmt: skip
     attacks: tuple[str, ...] = field(default=DOORS, metadata={"help": f"of {', '.join(POISON_ATTACKS)}"})
+    cuts: tuple[str, ...] = field(
+        default=("first",), metadata={"help": "last layer below the cut, by name, or first, default, depths"}
+    )
+    lr: float = field(
+        default=0.05, metadata={"help": "learning rate of SGD with momentum, at which a shared top must be clipped"}
+    )
 
 
 @dataclass(frozen=True)

@@ -186,9 +186,9 @@ def depths(splits: Splits) -> list[str]:
 
 
 def places(asked: Sequence[str], splits: Splits) -> list[str]:
-    """Return the last layers below the cuts asked for: names, ``default`` or ``depths``; all can be cut at."""
+    """Return the last layers below the cuts asked for: names, ``default``, ``first``, ``depths``; all can be cut at."""
     model = build_model(splits, seed=0)
-    usual = {"default": [default_cut(splits)], "depths": depths(splits)}
+    usual = {"default": [default_cut(splits)], "first": depths(splits)[:1], "depths": depths(splits)}
     found = list(dict.fromkeys(place for one in asked for place in usual.get(one, [one])))
     for place in found:
         cut(model, place)
