@@ -16,6 +16,7 @@ from defenses.aggregation import Robust
 from defenses.poisoning import ClippedSteps, PerClientServer, SafeSplitServer, batch_sizes
 from experiments.setups import counted
 from experiments.training import Training, build_model, optimizer_for
+from privacy.dp import Account
 from splitlearn.cut import cut
 from splitlearn.data import Splits, partition
 from splitlearn.federation import (
@@ -74,6 +75,8 @@ class Safeguard:
     step: Callable[[Tensor], Tensor] | None = None
     seats: Callable[[Learner, Sequence[str], int], Any] | None = None
     noise: Callable[[], Guard] | None = None  # what every honest member does to its activations
+    account: Account | None = None  # of an average that is private
+    settings: str = ""  # of its seats, in a trial's configuration
 
 
 @dataclass

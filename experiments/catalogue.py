@@ -19,7 +19,7 @@ from experiments.mpc_overhead import MPC_OVERHEAD
 from experiments.parity import PARITY
 from experiments.parts import Bench
 from experiments.poison_ingredients import POISON_ATTACKS, POISON_DEFENSES
-from experiments.poisoning import BACKDOOR, POISONING, SURFACE
+from experiments.poisoning import BACKDOOR, POISONING, PRIVACY_MEETS_POISONING, SURFACE
 from experiments.privacy_utility import PRIVACY_UTILITY
 from experiments.protection_grid import PROTECTION_GRID
 from experiments.reconstruction import DEFENSE_TOURNAMENT, RECONSTRUCTION_ATTACKS
@@ -45,6 +45,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         POISONING,
         BACKDOOR,
         SURFACE,
+        PRIVACY_MEETS_POISONING,
         PRIVACY_UTILITY,
         HE_OVERHEAD,
         MPC_OVERHEAD,

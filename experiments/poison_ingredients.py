@@ -43,8 +43,10 @@ from defenses.aggregation import (
     Rule,
     TrimmedMean,
 )
+from defenses.noise import GaussianNoise
 from defenses.poisoning import SafeSplitServer, WitnessedServer
 from experiments.bad_members import FEDERATIONS, Sabotage, Safeguard
+from privacy.dp import Budget, PrivateMean
 from splitlearn.party import Learner
 
 __all__ = ["POISON_ATTACKS", "POISON_DEFENSES", "PoisonAim", "PoisonAttack", "PoisonDefense"]
@@ -52,6 +54,8 @@ __all__ = ["POISON_ATTACKS", "POISON_DEFENSES", "PoisonAim", "PoisonAttack", "Po
 SPLIT = tuple(name for name in FEDERATIONS if name != "fedavg")
 FED = ("splitfed_v1", "splitfed_v2", "parallel", "fedavg")  # where a fed server averages what clients send
 WARM_UP = 5  # rounds in which witnesses learn before they are asked
+LONGEST = 1.0  # norm of an update that a private mean lets through
+NOISE = 0.5  # standard deviation, on activations
 CLIP = 1.0  # of a step of the top: the norm of its gradient
 
 
@@ -229,13 +233,29 @@ def trimmed(bad: int, members: int) -> Rule:
     return TrimmedMean(bad)
 
 
+def private(noise_multiplier: float) -> Callable[[int, int], Safeguard]:
+    """Return averages of clipped updates, noised for user-level privacy; without noise, clipping alone."""
+
+    def build(bad: int, members: int) -> Safeguard:
+        account = Budget().account("other members", "any member", "add or remove one client", model="central")
+        bottoms, tops = (PrivateMean(LONGEST, noise_multiplier, members, account) for _ in range(2))
+        return Safeguard(bottoms, tops, account=account if noise_multiplier else None)
+
+    return build
+
+
+def noised(bad: int, members: int) -> Safeguard:
+    """Return honest members that noise their activations, trimmed means and clipped steps."""
+    return Safeguard(Robust(TrimmedMean(bad)), Robust(TrimmedMean(bad)), CLIP, noise=lambda: GaussianNoise(NOISE))
+
+
 def witnessed(bad: int, members: int) -> Safeguard:
     """Return witnesses before the shared top, its steps clipped, and medians of bottoms."""
 
     def seats(top: Learner, names: Sequence[str], batches: int) -> WitnessedServer:
         return WitnessedServer(top, names, warm_up=WARM_UP * batches)
 
-    return Safeguard(Robust(Median()), clip=CLIP, seats=seats)
+    return Safeguard(Robust(Median()), clip=CLIP, seats=seats, settings=f"warm-up of {WARM_UP} rounds")
 
 
 POISON_DEFENSES: dict[str, PoisonDefense] = {
@@ -259,6 +279,15 @@ POISON_DEFENSES: dict[str, PoisonDefense] = {
     ),
     "trimmed_mean_clip": PoisonDefense(
         "trimmed means, and steps of the top clipped", by(trimmed, CLIP), trimmed, SPLIT
+    ),
+    "clipped_mean": PoisonDefense(
+        "mean of updates clipped to norm 1, as for user-level privacy (McMahan et al. 2018), no noise", private(0),
+    ),
+    "private_mean": PoisonDefense(
+        "the same with its noise: user-level differential privacy, whose ε is recorded", private(0.5),
+    ),
+    "noised_activations": PoisonDefense(
+        "honest members noise their activations; trimmed means, clipped steps", noised, trimmed, SPLIT
     ),
     "safesplit": PoisonDefense(
         "turns of the shared top rolled back by majority (SafeSplit, Rieger et al. 2025), clipped steps; trimmed means",

@@ -6,7 +6,6 @@ the attack took away; of a backdoor its success, over that of the same trigger o
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from attacks.poisoning import backdoor_success
+from defenses.aggregation import Robust
 from experiments.bad_members import FEDERATIONS, Federated, Sabotage, Safeguard, federate
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.names import find
@@ -36,7 +36,7 @@ from splitlearn.cut import cut
 from splitlearn.data import DATASETS, Splits
 from splitlearn.metrics import accuracy_advantage, utility
 
-__all__ = ["BACKDOOR", "POISONING", "ROUNDS", "SURFACE", "Config"]
+__all__ = ["BACKDOOR", "POISONING", "PRIVACY_MEETS_POISONING", "ROUNDS", "SURFACE", "Config"]
 
 ROUNDS = {"splitfed_v1": 40, "splitfed_v2": 30, "splitfed_v3": 30, "parallel": 40, "fedavg": 30}
 RATES = {"splitfed_v1": 0.05, "splitfed_v2": 0.02, "splitfed_v3": 0.05, "parallel": 0.05, "fedavg": 0.05}
@@ -115,6 +115,22 @@ class Surface(Config):
     cuts: tuple[str, ...] = field(
         default=("depths",),
         metadata={"help": "last layer below the cut, by name; default: the model's usual one; depths: one to three"},
+    )
+
+
+@dataclass(frozen=True)
+class Privacy(Config):
+    """Options of privacy_meets_poisoning: clipping and noise that are there for privacy, against poison."""
+
+    protocols: tuple[str, ...] = field(
+        default=("splitfed_v2", "fedavg"), metadata={"help": f"of {', '.join(FEDERATIONS)}"}
+    )
+    defenses: tuple[str, ...] = field(
+        default=("none", "clipped_mean", "private_mean", "trimmed_mean_clip", "noised_activations"),
+        metadata={"help": f"of {', '.join(POISON_DEFENSES)}"},
+    )
+    attacks: tuple[str, ...] = field(
+        default=("sign_flip", "smashed_noise", "badnets"), metadata={"help": f"of {', '.join(POISON_ATTACKS)}"}
     )
 
 
@@ -224,14 +240,17 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     x, y = splits.test.x.to(trial.training.device), splits.test.y.to(trial.training.device)
     seconds: dict[str, float] = {}
 
+    claims = []
+
     def trained(name: str, sabotage: Sabotage) -> Federated:
         begun = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(trial.training.seed)
             done = federate(
                 trial.training, splits, alpha=trial.alpha, bad=trial.bad, sabotage=sabotage,
-                safeguard=defense.build(trial.bad, trial.training.clients),
+                safeguard=(safeguard := defense.build(trial.bad, trial.training.clients)),
             )  # fmt: skip
+        claims.extend([safeguard.account.claim()] if safeguard.account is not None else [])
         seconds[name] = time.perf_counter() - begun
         return done
 
@@ -249,6 +268,7 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     return Outcome(
         utility=worth, leakage=leakage, seconds=seconds, nbytes=clean.nbytes, traces=traces,
         visible={f"attacker ({name})": [f"surface: {POISON_ATTACKS[name].surface}"] for name in trial.attacks},
+        epsilon=claims[0].epsilon if claims else None, delta=claims[0].delta if claims else None,
         notes=[*notes, f"{parameters} parameters of bottoms are averaged; bad members: {clean.bad}"],
     )  # fmt: skip
 
@@ -306,10 +326,12 @@ def _settings(thing: Sabotage | Safeguard) -> dict[str, str]:
     found = {}
     for key, value in vars(thing).items():
         made: object = value
-        if key in ("data", "guard") and isinstance(value, Callable):  # type: ignore[arg-type]
+        if key in ("data", "guard") and value is not None:
             made = value(0)
+        if key == "noise" and value is not None:
+            made = value()
         if value not in (None, False, 0):
-            found[key] = told(getattr(made, "rule", made))
+            found[key] = told(made.rule if isinstance(made, Robust) else made)
     return found
 
 
@@ -330,4 +352,10 @@ SURFACE = Experiment(
     "Which surface does a defense cover, and how deep is the cut? One attack a surface × defenses × depths",
     Surface,
     partial(tasks, name="surface"),
+)
+PRIVACY_MEETS_POISONING = Experiment(
+    "privacy_meets_poisoning",
+    "Does what is there for privacy help against poison? Clipping and noise × attacks, with the ε that they claim",
+    Privacy,
+    partial(tasks, name="privacy_meets_poisoning"),
 )
