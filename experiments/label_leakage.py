@@ -152,22 +152,6 @@ def as_server(training: Training, splits: Splits, shield: LabelShield) -> Seat:
     return Seat(step, line.record, line.meter, below, [bottom, line.party, head], UNLABELLED)
 
 
-@dataclass
-class Traffic:
-    """What has crossed of a training: sample numbers batch by batch, and where its present epoch begins."""
-
-    order: list[Tensor] = field(default_factory=list)
-    batch: int = 0
-    exchange: int = 0
-
-    def begin(self, record: Recorded, *, keep: bool) -> None:
-        """Begin another epoch, and forget those before unless they are to be kept."""
-        if not keep:
-            record.clear()
-            self.order.clear()
-        self.batch, self.exchange = len(self.order), len(record.exchanges)
-
-
 SEATS: dict[str, Callable[[Training, Splits, LabelShield], Seat]] = {"client": as_client, "server": as_server}
 PROTOCOL_OF = {"client": "vertical", "server": "u_shaped"}
 
@@ -252,14 +236,14 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         shield = LABEL_PROTECTIONS[trial.protection].build(trial.strength, classes, training.seed)
         trained_on = shield.labels(private.y)
         seat = SEATS[trial.seat](training, splits, shield)
-    ids, traffic = torch.arange(len(private)), Traffic()
-    keep = any(_remembers(name, trial) for name in trial.attacks)
+    ids, order = torch.arange(len(private)), list[Tensor]()
+    memory: dict[str, Any] = {}
     blind_scores: dict[Any, LeakageScore] = {}
     by_attack: dict[str, list[Leakage]] = {name: [] for name in trial.attacks}
     seconds = {"train": 0.0, **{f"attack_{name}": 0.0 for name in trial.attacks}}
 
     def step(rows: Tensor, _: Tensor) -> Tensor:
-        traffic.order.append(rows)
+        order.append(rows)
         return seat.step(rows, trained_on[rows])
 
     one = epochs_of(step, Batches(ids, ids, batch_size=training.batch_size, seed=training.seed))
@@ -274,9 +258,13 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         if done in trial.attacked:
             for name in trial.attacks:
                 begun = time.perf_counter()
-                by_attack[name].append(_attacked(name, trial, seat, splits, traffic, done, blind_scores))
+                by_attack[name].append(_attacked(name, trial, seat, splits, order, done, blind_scores, memory))
                 seconds[f"attack_{name}"] += time.perf_counter() - begun
-        traffic.begin(seat.record, keep=keep)
+        for name in trial.attacks:
+            if LABEL_ATTACKS[name].remembers and done < max(trial.attacked):
+                memory[name] = _remembered(name, trial, seat, memory.get(name), private.num_classes)
+        seat.record.clear()
+        order.clear()
         return loss
 
     losses = fit(epoch, epochs=training.epochs).losses
@@ -305,36 +293,33 @@ def _owner(name: str, stage: nn.Module, training: Training, shield: LabelShield)
 
 
 def _attacked(
-    name: str, trial: Trial, seat: Seat, splits: Splits, traffic: Traffic, epoch: int,
-    blind_scores: dict[Any, LeakageScore],
+    name: str, trial: Trial, seat: Seat, splits: Splits, order: Sequence[Tensor], epoch: int,
+    blind_scores: dict[Any, LeakageScore], memory: dict[str, Any],
 ) -> Leakage:  # fmt: skip
     """Return what one attack gets of the labels of one epoch's batches; hinted samples are not counted.
 
-    It reads that epoch's traffic, or that of all epochs so far where it remembers and sample numbers cross.
+    It reads that epoch's traffic, and what it keeps of those before where it remembers.
     Where an attack gets labels without what training left (from a fresh bottom, in place of the trained one), the
     advantage is over what that gets with the same hints; it is run once an epoch, and kept in ``blind_scores``.
     """
-    attack, private, batches = LABEL_ATTACKS[name], splits.private, traffic.order[traffic.batch :]
-    now = torch.cat(batches)
-    read, since = (torch.cat(traffic.order), 0) if _remembers(name, trial) else (now, traffic.exchange)
-    threat, y, device = attack.threat(trial.seat, trial.hints), private.y[now], trial.training.device
-    grants = Grants(Encoder(seat.bottom), own_x=private.x[read].to(device), y=private.y[read].to(device))
+    attack, private, rows = LABEL_ATTACKS[name], splits.private, torch.cat(list(order))
+    threat, y, device = attack.threat(trial.seat, trial.hints), private.y[rows], trial.training.device
+    grants = Grants(encoder=Encoder(seat.bottom), own_x=private.x[rows].to(device), y=y.to(device))
     view = observe(seat.record, threat=threat, grants=grants, device=device)
-    view = replace(view, exchanges=view.exchanges[since:])
     fresh = fresh_bottom(trial.training.cut, splits, Shield())
     shares = torch.bincount(splits.auxiliary.y, minlength=private.num_classes).double().clamp(min=1)
     public = tuple((shares / shares.sum()).tolist()) if attack.shares else ()
     aim = LabelAim(private.num_classes, trial.hints, trial.training.seed * 100 + epoch, fresh, public)
-    known = torch.isin(now, read[view.hints[0].cpu()]).nonzero()[:, 0] if view.threat.hints else None
+    known = view.hints[0] if view.threat.hints else None
 
     def scored(guess: LabelGuess) -> LeakageScore:
-        labels, scores = (one if one is None else one[-len(now) :].cpu() for one in (guess.labels, guess.scores))
         return score_labels(
-            labels, y, num_classes=private.num_classes, scores=scores, sizes=[len(one) for one in batches],
-            named=guess.named, known=known,
+            None if guess.labels is None else guess.labels.cpu(), y, num_classes=private.num_classes,
+            scores=guess.scores, sizes=[len(one) for one in order], named=guess.named, known=known,
         )  # fmt: skip
 
-    guess = attack.build(aim)(view)
+    built = attack.build(aim)
+    guess = built(view, memory.get(name)) if attack.remembers else built(view)
     score = scored(guess)
     advantage, baselines = score.advantage, dict(score.baselines)
     if attack.blind is not None:
@@ -353,16 +338,22 @@ def _attacked(
     )
 
 
-def _remembers(name: str, trial: Trial) -> bool:
-    return LABEL_ATTACKS[name].remembers and trial.seat == "client"  # the server of the U shape is sent no numbers
+def _remembered(name: str, trial: Trial, seat: Seat, before: Any, classes: int) -> Any:
+    """Return what an attack that remembers keeps of this epoch and those before."""
+    attack = LABEL_ATTACKS[name]
+    view = observe(seat.record, threat=attack.threat(trial.seat, trial.hints), device=trial.training.device)
+    return attack.build(LabelAim(classes, trial.hints, seed=0)).remembered(view, before)
 
 
 def _known(name: str, trial: Trial) -> list[str]:
     """Return what an attack sees and knows, a line each."""
     attack = LABEL_ATTACKS[name]
     shares = ["how frequent each class is"] if attack.shares else []
-    before = ["what crossed in all epochs before, and of which sample"] if _remembers(name, trial) else []
-    return [*attack.threat(trial.seat, trial.hints).in_words(), *shares, *before]
+    told = attack.threat(trial.seat, trial.hints).in_words()
+    if attack.remembers and trial.seat == "client":  # the server of the U shape is sent no numbers
+        told = [line for line in told if not line.startswith("one release")]
+        told.append("what crossed in all epochs before, and of which sample")
+    return [*told, *shares]
 
 
 def _check_counts(

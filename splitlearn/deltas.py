@@ -5,12 +5,15 @@ Differences and not weights: distances between weights are lost in float32 besid
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from splitlearn.members import Weights
 
-__all__ = ["applied", "deltas", "gram", "squared_distances"]
+__all__ = ["applied", "deltas", "gram", "inner_products", "squared_distances"]
+
+BLOCK = 2048  # coordinates at a time
 
 
 def deltas(weights: Sequence[Mapping[str, Tensor]], start: Mapping[str, Tensor]) -> Tensor:
@@ -53,13 +56,27 @@ def applied(delta: Tensor, weights: Mapping[str, Tensor], start: Mapping[str, Te
     return {name: result[name] for name in weights}
 
 
-def gram(rows: Tensor) -> Tensor:
-    """Return the inner products of rows [n, d] with each other, [n, n] in float64, of the rows less their mean.
+def inner_products(rows: Tensor, centre: Tensor | None = None) -> Tensor:
+    """Return the inner products of rows [n, d], less ``centre`` [d] where given, with each other, [n, n] in float64.
 
-    Centred, so that distances are not lost beside the rows' common part.
+    Where distances are asked for, a centre near the rows keeps them from being lost beside the rows' common part.
     """
-    centred = rows.double() - rows.double().mean(0)
-    return centred @ centred.T
+    array, (n, d) = rows.detach().cpu().numpy(), rows.shape
+    found, block = np.zeros((n, n)), np.empty((n, min(BLOCK, d)))
+    for start in range(0, d, BLOCK):
+        part = array[:, start : start + BLOCK]
+        here = block[:, : part.shape[1]]
+        np.subtract(part, 0.0 if centre is None else centre.cpu().numpy()[start : start + BLOCK], out=here)
+        found += here @ here.T
+    return torch.from_numpy(found).to(rows.device)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Return the inner products of rows [n, d] less their mean, [n, n] in float64.
+
+    One row far enough off carries the mean with it, and the distances among the others are lost: take another centre.
+    """
+    return inner_products(rows, rows.double().mean(0))
 
 
 def squared_distances(products: Tensor) -> Tensor:

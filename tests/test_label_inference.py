@@ -381,17 +381,26 @@ def test_gradients_add_up_by_sample_and_noise_does_not() -> None:
             crossed_y.append(y[ids])
     told = Grants(y=torch.cat(crossed_y))
     view = observe(line.record, threat=Threat(hints=1), grants=told)
-    sums, sample = summed_by_sample(crossed(view))
-    assert sums.shape == (30, 20)
-    assert torch.equal(y[sample], told.y)
+    sums, numbers = summed_by_sample(crossed(view))
+    assert sums.rows.shape == (30, 20)
+    assert torch.equal(y[numbers], told.y)
     guess = AveragedGradients(3)(view)
     assert guess.labels is not None
     assert guess.evidence["releases"] == 30
     assert (guess.labels == told.y).double().mean() > 0.9
-    last = replace(view, exchanges=view.exchanges[-6:], _granted=Grants(y=torch.cat(crossed_y[-3:])))
+    now = torch.cat(crossed_y[-3:])
+    last = replace(view, exchanges=view.exchanges[-6:], _granted=Grants(y=now))
     once = AveragedGradients(3)(last).labels
     assert once is not None
-    assert (once == torch.cat(crossed_y[-3:])).double().mean() < 0.7
+    assert (once == now).double().mean() < 0.7
+    kept = None  # epoch by epoch, sums alone: the same guesses
+    for epoch in range(29):
+        part = replace(view, exchanges=view.exchanges[6 * epoch : 6 * epoch + 6])
+        kept = AveragedGradients(3).remembered(part, kept)
+    remembering = AveragedGradients(3)(last, kept)
+    assert remembering.labels is not None
+    assert remembering.evidence["releases"] == 30
+    assert torch.equal(remembering.labels, guess.labels[-30:])
 
 
 def test_one_logit_tells_its_label_by_its_sign() -> None:

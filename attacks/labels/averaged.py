@@ -20,11 +20,20 @@ __all__ = ["AveragedGradients"]
 
 
 @dataclass(frozen=True)
+class Sums:
+    """Gradients added up by sample: ``rows`` [S, d] of the samples numbered ``numbers`` [S], which crossed so often."""
+
+    numbers: Tensor
+    rows: Tensor
+    crossings: int
+
+
+@dataclass(frozen=True)
 class AveragedGradients:
     """Honest but curious party without labels that remembers: it adds up each sample's gradients over the epochs.
 
     It knows some labels (hints), and which sample is which: a vertical client is asked by sample number. Where no
-    numbers cross, as in the U shape, each crossing is a sample of its own, and it should be shown one epoch.
+    numbers cross, as in the U shape, each crossing is a sample of its own, and only one epoch can be read.
 
     Sums, in units of their batch's root mean square, are read along their first ``classes`` − 1 singular directions:
     isotropic noise is spread over all of them, and a few classes' gradients lie in few. For two classes the one
@@ -43,15 +52,27 @@ class AveragedGradients:
                 f"expected two classes or more and a restart at least, got {self.classes} and {self.restarts}"
             )
 
-    def __call__(self, view: View) -> LabelGuess:
-        """Return scores for two classes, labels for more; ``evidence`` says how often a sample crossed, on average."""
+    def remembered(self, view: View, before: Sums | None = None) -> Sums | None:
+        """Return what is kept of the view and of what was kept ``before``; None where no sample numbers cross."""
         batches = crossed(view)
-        sums, sample = summed(batches)
-        centred = sums - sums.mean(0)
+        if any(one.ids is None for one in batches):
+            return None
+        found, _ = summed(batches)
+        return found if before is None else added(before, found)
+
+    def __call__(self, view: View, before: Sums | None = None) -> LabelGuess:
+        """Return scores for two classes, labels for more, of the view's crossings; ``before`` is of earlier epochs.
+
+        ``evidence`` says how often a sample crossed, on average.
+        """
+        found, numbers = summed(crossed(view))
+        sums = found if before is None else added(before, found)
+        sample = torch.searchsorted(sums.numbers, numbers)
+        centred = sums.rows - sums.rows.mean(0)
         _, _, directions = torch.linalg.svd(centred, full_matrices=False)
         along = centred @ directions[: self.classes - 1].T
         known, labels = hinted(view, sample)
-        evidence = {"releases": len(sample) / len(sums)}
+        evidence = {"releases": sums.crossings / len(sums.rows)}
         if self.classes == 2:
             scores = along[:, 0]
             upwards = scores[known[labels == 1]].mean() > scores[known[labels == 0]].mean()
@@ -61,18 +82,29 @@ class AveragedGradients:
         return LabelGuess(_named(rows, clusters, known, labels)[clusters][sample], evidence=evidence)
 
 
-def summed(batches: Sequence[Crossed]) -> tuple[Tensor, Tensor]:
-    """Return each sample's summed gradient [S, d], in units of its batch's root mean square, and whose rows are, [N].
+def summed(batches: Sequence[Crossed]) -> tuple[Sums, Tensor]:
+    """Return each sample's summed gradient, in units of its batch's root mean square, and whose each crossing is, [N].
 
-    Samples are in the order of their numbers; where none crossed, each row is a sample of its own.
+    Where no sample numbers crossed, each crossing is a sample of its own.
     """
     parts = [one.g.flatten(1) for one in batches]
     parts = [part / part.square().sum(1).mean().sqrt().clamp(min=torch.finfo(part.dtype).tiny) for part in parts]
     rows, ids = torch.cat(parts), [one.ids for one in batches if one.ids is not None]
-    if len(ids) < len(batches):
-        return rows, torch.arange(len(rows), device=rows.device)
-    numbers, sample = torch.cat(ids).to(rows.device).unique(return_inverse=True)
-    return rows.new_zeros(len(numbers), rows.shape[1]).index_add_(0, sample, rows), sample
+    numbers = (
+        torch.cat(ids).to(rows.device) if len(ids) == len(batches) else torch.arange(len(rows), device=rows.device)
+    )
+    return _by_number(numbers, rows, len(rows)), numbers
+
+
+def added(one: Sums, other: Sums) -> Sums:
+    """Return the sums of both."""
+    numbers, rows = torch.cat([one.numbers, other.numbers]), torch.cat([one.rows, other.rows])
+    return _by_number(numbers, rows, one.crossings + other.crossings)
+
+
+def _by_number(numbers: Tensor, rows: Tensor, crossings: int) -> Sums:
+    each, sample = numbers.unique(return_inverse=True)
+    return Sums(each, rows.new_zeros(len(each), rows.shape[1]).index_add_(0, sample, rows), crossings)
 
 
 def _named(rows: Tensor, clusters: Tensor, known: Tensor, labels: Tensor) -> Tensor:

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splitlearn.deltas import squared_distances
+from splitlearn.deltas import inner_products, squared_distances
 
 __all__ = [
-    "ByDistance", "Points", "Rule", "Verdict", "checked_norms", "cosines", "enough", "inner_products", "least_rows",
+    "ByDistance", "Points", "Rule", "Verdict", "checked_norms", "cosines", "enough", "least_rows",
     "squared_norms", "usable",
 ]  # fmt: skip
 
-BLOCK = 2048  # coordinates at a time
 LARGEST = 1e300  # squared norm: sums of some of them are finite too, so that no distance becomes nan
 
 
@@ -41,18 +40,6 @@ def checked_norms(rows: Tensor) -> Tensor:
             f"expected finite updates, of norms up to 1e150, got others in rows {bad}; put Robust around the rule"
         )
     return norms
-
-
-def inner_products(rows: Tensor, centre: Tensor | None = None) -> Tensor:
-    """Return the inner products of rows [n, d], less ``centre`` [d] where given, with each other, [n, n] in float64."""
-    array, (n, d) = rows.numpy(), rows.shape
-    found, block = np.zeros((n, n)), np.empty((n, min(BLOCK, d)))
-    for start in range(0, d, BLOCK):
-        part = array[:, start : start + BLOCK]
-        here = block[:, : part.shape[1]]
-        np.subtract(part, 0.0 if centre is None else centre.numpy()[start : start + BLOCK], out=here)
-        found += here @ here.T
-    return torch.from_numpy(found)
 
 
 def cosines(products: Tensor) -> Tensor:
