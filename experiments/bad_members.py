@@ -1,19 +1,21 @@
 """One federation with bad members in it, round by round: who trains, who lies, and what the servers do about it.
 
-Every session crosses real frames. Bad members are drawn by the seed; Dirichlet shares make members unlike.
+What members and main server tell each other crosses real frames. Bad members are drawn by the seed; Dirichlet shares
+make members unlike.
 """
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from attacks.poisoning import Colluding, UpdateAttack
 from defenses.aggregation import Robust
-from defenses.poisoning import ClippedSteps, PerClientServer, SafeSplitServer, batch_sizes
+from defenses.poisoning import ClippedSteps, PerClientServer, SafeSplitServer, WitnessedServer, batch_sizes
 from experiments.setups import counted
 from experiments.training import Training, build_model, optimizer_for
 from privacy.dp import Account
@@ -37,10 +39,18 @@ from splitlearn.service import Service
 from splitlearn.train import Batches, Predictor, predict
 from splitlearn.wire import Framed, Metered, serve
 
-__all__ = ["FEDERATIONS", "Federated", "Sabotage", "Safeguard", "bad_members", "federate"]
+__all__ = ["FEDERATIONS", "Federated", "Sabotage", "Safeguard", "answers", "bad_members", "federate", "member_shares"]
 
+DIVERGED = re.compile("expected (a finite (loss|penalty)|a finite floating-point gradient)")  # also as told over a wire
 FEDERATIONS = ("splitfed_v1", "splitfed_v2", "splitfed_v3", "parallel", "fedavg")
 Step = tuple[Tensor, Tensor]
+
+
+class Seats(Protocol):
+    """Makes what takes the shared top's place, with a session for each name: a frozen set of settings."""
+
+    def __call__(self, top: Learner, names: Sequence[str], batches: int) -> Any:
+        """Return it, for so many batches a round of all members together."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +76,16 @@ class Safeguard:
     """What honest servers do about bad members; by default nothing. Made for one training.
 
     ``bottoms`` and ``tops`` aggregate, ``clip`` bounds each step of the top, ``step`` is a rule on the clients'
-    gradients of the top (parallel), ``seats(top, names, batches a round)`` has sessions in the top's place.
+    gradients of the top (parallel), ``seats`` take the shared top's place (V2).
     """
 
     bottoms: Aggregator = mean
     tops: Aggregator = mean
     clip: float | None = None
     step: Callable[[Tensor], Tensor] | None = None
-    seats: Callable[[Learner, Sequence[str], int], Any] | None = None
+    seats: Seats | None = None
     noise: Callable[[], Guard] | None = None  # what every honest member does to its activations
     account: Account | None = None  # of an average that is private
-    settings: str = ""  # of its seats, in a trial's configuration
 
 
 @dataclass
@@ -89,7 +98,7 @@ class Federated:
     members: int
     nbytes: dict[str, dict[str, int]] = field(default_factory=dict)
     accuracy: list[float] = field(default_factory=list)
-    out: list[list[int]] = field(default_factory=list)  # by round, whose update had no part in the result
+    out: list[list[int]] = field(default_factory=list)  # by round, who had no part in the result, where a rule says
     lost: int = 0  # times that a member's numbers were not finite
     stopped: str = ""  # why it ended early
 
@@ -112,8 +121,12 @@ def federate(
 ) -> Federated:
     """Train a federation of ``training.clients`` for ``training.epochs`` rounds, ``bad`` of them sabotaging.
 
-    Rounds end early, and say so, where no member's numbers are finite any more.
+    A member whose numbers are not finite any more does nothing in that round, and neither does its server's copy. In
+    parallel training a step needs all who are in it: there, and where all members are lost, the training ends, and says
+    so. A bad main server does not defend itself: of the safeguard only the fed server's part is left.
     """
+    if sabotage.server is not None:
+        safeguard = replace(safeguard, tops=mean, clip=None, step=None, seats=None)
     whole = training.protocol == "fedavg"
     model = build_model(splits, seed=training.seed).to(training.device)
     below, above = (model, nn.Sequential()) if whole else cut(model, training.cut)
@@ -126,12 +139,10 @@ def federate(
     ]
     bottom = Learner("bottom", copy.deepcopy(below))
     if whole:
-        members = [_Steady(Member(one, None, own)) for one, own in zip(clients, shares, strict=True)]
+        members = [_Steady(Member(one, None, own), own) for one, own in zip(clients, shares, strict=True)]
         watch = _Watched(_colluding(safeguard.bottoms, sabotage, liars))
         result = Federated(None, bottom, liars, training.clients)
-        _rounds(
-            training, splits, result, lambda: fedavg_round(members, bottom, aggregate=watch), members, watch, safeguard
-        )
+        _rounds(training, splits, result, lambda: fedavg_round(members, bottom, aggregate=watch), members, watch)
         return result
     top = Learner("server", above, _optimizer(above, training, safeguard), seed=training.seed * 1000)
     apart = training.protocol in ("splitfed_v1", "splitfed_v3")
@@ -139,8 +150,10 @@ def federate(
     sessions, answering = _sessions(top, names, replicas, sabotage, safeguard, shares, training, splits)
     meters = [Metered(serve(Service({name: sessions[name]}))) for name in names]
     lines = {name: Remote(name, Framed(meter), name) for name, meter in zip(names, meters, strict=True)}
-    own = [Member(one, lines[one.name], part) for one, part in zip(clients, shares, strict=True)]
-    members = [_Steady(one) for one in own]
+    members = [
+        _Steady(Member(one, lines[one.name], own), own, replicas.get(one.name))
+        for one, own in zip(clients, shares, strict=True)
+    ]
     watch = _Watched(_colluding(safeguard.bottoms, sabotage, liars))
     honest = next(place for place in range(training.clients) if place not in liars)
     result = Federated(
@@ -151,17 +164,17 @@ def federate(
             members, replicas, bottom, top, aggregate=watch, aggregate_tops=safeguard.tops
         ),
         "splitfed_v2": lambda: splitfed_v2_round(members, bottom, aggregate=watch),
-        "splitfed_v3": lambda: splitfed_v3_round(own, replicas, top, aggregate=safeguard.tops),
+        "splitfed_v3": lambda: splitfed_v3_round(cast(list[Member], members), replicas, top, aggregate=safeguard.tops),
         "parallel": lambda: parallel_round(clients, lines[names[0]], shares, bottom=bottom, aggregate=watch),
     }
-    _rounds(training, splits, result, one[training.protocol], members, watch, safeguard)
+    _rounds(training, splits, result, one[training.protocol], members, watch)
     result.nbytes = counted(meters)
     return result
 
 
 def _rounds(
     training: Training, splits: Splits, result: Federated, one: Callable[[], object], members: Sequence["_Steady"],
-    watch: "_Watched", safeguard: Safeguard,
+    watch: "_Watched",
 ) -> None:  # fmt: skip
     x, y = splits.test.x.to(training.device), splits.test.y.to(training.device)
     for number in range(training.epochs):
@@ -170,37 +183,58 @@ def _rounds(
             if isinstance(result.top, SafeSplitServer):
                 result.top.end_turn()
         except ValueError as error:
-            if "finite" not in str(error):
+            if not DIVERGED.search(str(error)):
                 raise
             result.stopped = f"stopped in round {number + 1}: {error}"
             break
-        result.out.append(watch.out)
-        result.accuracy.append((result.logits(x).argmax(1) == y).double().mean().item())
+        if all(member.lost > number for member in members):
+            result.stopped = f"stopped in round {number + 1}: no member's numbers are finite"
+            break
+        if watch.out is not None:
+            result.out.append(watch.out)
+        result.accuracy.append((answers(result.logits(x)) == y).double().mean().item())
+    if isinstance(result.top, WitnessedServer):
+        doubted = result.top.doubted()
+        result.out = [[place for place, one in enumerate(members) if doubted[one.name] > result.top.tolerance]]
     result.lost = sum(member.lost for member in members)
 
 
 class _Steady:
-    """A member who, once its numbers are not finite, sends back what it was given; ``lost`` counts how often."""
+    """A member who, once its numbers are not finite, sends back what it was given; ``lost`` counts how often.
 
-    def __init__(self, member: Member):
-        self.member, self.name, self.learner, self.lost = member, member.name, member.learner, 0
+    ``session``, the server's copy of its own, is put back too.
+    """
+
+    def __init__(self, member: Member, batches: Batches, session: Learner | None = None):
+        self.name, self.learner, self.lost = member.name, member.learner, 0
+        self._member, self._batches, self._session = member, batches, session
 
     def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
         """Return what the member does, or the weights as they came, with its count of samples."""
+        parties = [self.learner] if self._session is None else [self.learner, self._session]
+        before = [party.state_dict() for party in parties]
         try:
-            return self.member.round(weights)
+            return self._member.round(weights)
         except ValueError as error:
-            if "finite" not in str(error):
+            if not DIVERGED.search(str(error)):
                 raise
             self.lost += 1
-            return {name: entry.clone() for name, entry in weights.items()}, len(self.member.batches.x)  # type: ignore[attr-defined]
+            for party, state in zip(parties, before, strict=True):
+                party.put_back(state)
+            return {name: entry.clone() for name, entry in weights.items()}, len(self._batches.x)
+
+
+def answers(logits: Tensor) -> Tensor:
+    """Return the class that each row of logits [N, C] answers, [N]; -1, none, where a row is not finite."""
+    return torch.where(logits.isfinite().all(1), logits.nan_to_num().argmax(1), -1)
 
 
 class _Watched:
     """An aggregator that notes whose update had no part in the last result, where the rule says."""
 
     def __init__(self, aggregate: Aggregator):
-        self.aggregate, self.out = aggregate, list[int]()
+        self.aggregate = aggregate
+        self.out: list[int] | None = None
 
     def __call__(
         self, weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int], start: Mapping[str, Tensor]
@@ -208,7 +242,7 @@ class _Watched:
         found = self.aggregate(weights, counts, start)
         inner = self.aggregate.aggregate if isinstance(self.aggregate, Colluding) else self.aggregate
         shares = inner.last.shares if isinstance(inner, Robust) and inner.last is not None else None
-        self.out = [] if shares is None else (shares == 0).nonzero()[:, 0].tolist()
+        self.out = None if shares is None else (shares == 0).nonzero()[:, 0].tolist()
         return found
 
 
@@ -237,12 +271,17 @@ def _sessions(
     return (dict(replicas) if replicas else {name: top.session(name) for name in names}), top
 
 
+def member_shares(y: Tensor, clients: int, alpha: float, seed: int) -> list[Tensor]:
+    """Return the rows of each member; ``ValueError`` where there are too few for all."""
+    return partition.dirichlet(y, clients, alpha, seed, min_rows=2)
+
+
 def _shares(
     training: Training, splits: Splits, alpha: float, liars: Sequence[int], sabotage: Sabotage
 ) -> list[Batches]:
     x, y = splits.private.x, splits.private.y
     found = []
-    for place, rows in enumerate(partition.dirichlet(y, training.clients, alpha, training.seed, min_rows=2)):
+    for place, rows in enumerate(member_shares(y, training.clients, alpha, training.seed)):
         own_x, own_y = x[rows], y[rows]
         if place in liars and sabotage.data is not None:
             own_x, own_y = sabotage.data(liars.index(place))(own_x, own_y)

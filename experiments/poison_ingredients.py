@@ -1,9 +1,11 @@
 """Names become poisoning attacks and defenses against them here, and only here, one line each."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from attacks.poisoning import (
@@ -36,6 +38,7 @@ from defenses.aggregation import (
     FoolsGold,
     GeometricMedian,
     Krum,
+    Mean,
     Median,
     Mixed,
     MultiKrum,
@@ -51,6 +54,14 @@ from splitlearn.party import Learner
 
 __all__ = ["POISON_ATTACKS", "POISON_DEFENSES", "PoisonAim", "PoisonAttack", "PoisonDefense"]
 
+KNOWN = {
+    "data": ("its own samples, which it poisons before it trains as it should",),
+    "activations": ("its own samples and activations, and what the server answers",),
+    "weights": ("all honest members' updates of the round, before it sends its own",),
+    "gradients": (
+        "what every client sends; labelled samples of its own; the bottoms' architecture, not where they started",
+    ),
+}  # surface -> what the adversary sees and knows
 SPLIT = tuple(name for name in FEDERATIONS if name != "fedavg")
 FED = ("splitfed_v1", "splitfed_v2", "parallel", "fedavg")  # where a fed server averages what clients send
 WARM_UP = 5  # rounds in which witnesses learn before they are asked
@@ -68,7 +79,7 @@ class PoisonAim:
     bad: int
     bounds: tuple[float, float] | None
     seed: int
-    rule: Callable[[Tensor], Tensor] | None = None  # of the fed server, where it is one; None: the mean
+    rule: Rule | None = None  # of the fed server, where it is one; None: the mean
     bottom: Callable[[], nn.Module] = nn.Identity
 
     @property
@@ -80,23 +91,31 @@ class PoisonAim:
 
 @dataclass(frozen=True)
 class PoisonAttack:
-    """An attack by members, or by the main server, on one of the surfaces. ``goal``: any error, or a backdoor."""
+    """An attack by members, or by the main server, on one of the surfaces. ``goal``: any errors, or a backdoor."""
 
     summary: str
     surface: Literal["data", "activations", "gradients", "weights"]
     build: Callable[[PoisonAim], Sabotage]
-    goal: Literal["accuracy", "backdoor"] = "accuracy"
+    goal: Literal["poisoning", "backdoor"] = "poisoning"
     protocols: tuple[str, ...] = FEDERATIONS
+    knows: tuple[str, ...] = ()  # beyond what its surface says
+
+    @property
+    def in_words(self) -> list[str]:
+        """Where it enters, and what the adversary sees and knows, a line each."""
+        return [f"surface: {self.surface}", *KNOWN[self.surface], *self.knows]
 
 
 @dataclass(frozen=True)
 class PoisonDefense:
-    """A defense. ``build(bad, members)`` makes it for so many bad ones; ``rule`` is its rule on updates, if any."""
+    """A defense. ``build(bad, members)`` makes it for so many bad ones; ``rule`` is its rule on bottoms, if any."""
 
     summary: str
     build: Callable[[int, int], Safeguard]
     rule: Callable[[int, int], Rule] | None = None
     protocols: tuple[str, ...] = FEDERATIONS
+    least_members: int = 2
+    least_rounds: int = 1
 
 
 def flipping(kind: Callable[[int], Callable]) -> Callable[[PoisonAim], Sabotage]:
@@ -131,7 +150,7 @@ def jointly(aim: PoisonAim) -> Sabotage:
 
 def knowing(aim: PoisonAim) -> Sabotage:
     """Return colluders who know the fed server's rule."""
-    return Sabotage(updates=Adaptive(aim.rule if aim.rule is not None else _mean))
+    return Sabotage(updates=Adaptive(Afresh(aim.rule) if aim.rule is not None else Mean()))
 
 
 def serving(aim: PoisonAim) -> Sabotage:
@@ -140,8 +159,26 @@ def serving(aim: PoisonAim) -> Sabotage:
     return Sabotage(server=settings.party, trigger=aim.backdoor.triggered)
 
 
-def _mean(rows: Tensor) -> Tensor:
-    return rows.mean(0)
+@dataclass(frozen=True)
+class Afresh:
+    """A rule as who knows it tries it: each time another copy, since one that remembers, or draws, would be moved."""
+
+    rule: Rule
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return what the rule makes of the rows."""
+        return copy.deepcopy(self.rule)(rows)
+
+
+@dataclass(frozen=True)
+class Enough:
+    """A rule on the clients' gradients of one step, which is left out where the clients are too few for the rule."""
+
+    rule: Rule
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return what the rule makes of the rows, or zeros."""
+        return self.rule(rows) if len(rows) >= self.rule.least else torch.zeros_like(rows[0])
 
 
 POISON_ATTACKS: dict[str, PoisonAttack] = {
@@ -179,7 +216,8 @@ POISON_ATTACKS: dict[str, PoisonAttack] = {
         protocols=FED,
     ),
     "adaptive": PoisonAttack(
-        "updates searched for against the rule, which is known (Fang et al. 2020)", "weights", knowing, protocols=FED
+        "updates searched for against the rule, which is known (Fang et al. 2020)", "weights", knowing, protocols=FED,
+        knows=("the fed server's rule",),
     ),
     "smashed_noise": PoisonAttack(
         "activations under noise of five standard deviations (HealSplit's taxonomy)", "activations",
@@ -217,15 +255,16 @@ def by(rule: Callable[[int, int], Rule], clip: float | None = None) -> Callable[
     """Return what puts a rule on bottoms, tops and, in parallel training, the clients' gradients of the top."""
 
     def build(bad: int, members: int) -> Safeguard:
-        made = rule(bad, members)
-        return Safeguard(Robust(made), Robust(rule(bad, members)), clip, made)
+        bottoms, tops, step = (rule(bad, members) for _ in range(3))  # each its own: some remember, or draw
+        return Safeguard(Robust(bottoms), Robust(tops), clip, Enough(step))
 
     return build
 
 
-def ruled(summary: str, rule: Callable[[int, int], Rule], clip: float | None = None) -> PoisonDefense:
-    """Return the entry of an aggregation rule."""
-    return PoisonDefense(summary, by(rule, clip), rule)
+def ruled(summary: str, rule: Callable[[int, int], Rule]) -> PoisonDefense:
+    """Return the entry of an aggregation rule. One that remembers members is for none that leave some steps."""
+    fits = tuple(name for name in FEDERATIONS if name != "parallel") if rule(1, 20).remembers else FEDERATIONS
+    return PoisonDefense(summary, by(rule), rule, fits)
 
 
 def trimmed(bad: int, members: int) -> Rule:
@@ -249,13 +288,32 @@ def noised(bad: int, members: int) -> Safeguard:
     return Safeguard(Robust(TrimmedMean(bad)), Robust(TrimmedMean(bad)), CLIP, noise=lambda: GaussianNoise(NOISE))
 
 
-def witnessed(bad: int, members: int) -> Safeguard:
-    """Return witnesses before the shared top, its steps clipped, and medians of bottoms."""
+@dataclass(frozen=True)
+class Witnesses:
+    """Seats of a server that asks witnesses, who first learn for some rounds."""
 
-    def seats(top: Learner, names: Sequence[str], batches: int) -> WitnessedServer:
-        return WitnessedServer(top, names, warm_up=WARM_UP * batches)
+    groups: int = 10
+    floor: float = 0.1
+    tolerance: float = 0.2
+    rounds: int = WARM_UP
 
-    return Safeguard(Robust(Median()), clip=CLIP, seats=seats, settings=f"warm-up of {WARM_UP} rounds")
+    def __call__(self, top: Learner, names: Sequence[str], batches: int) -> WitnessedServer:
+        """Return the server."""
+        return WitnessedServer(
+            top, names, groups=self.groups, floor=self.floor, tolerance=self.tolerance, warm_up=self.rounds * batches
+        )
+
+
+@dataclass(frozen=True)
+class Rollbacks:
+    """Seats of a server that rolls suspicious turns back."""
+
+    window: int = 9
+    low: float = 0.25
+
+    def __call__(self, top: Learner, names: Sequence[str], batches: int) -> SafeSplitServer:
+        """Return the server."""
+        return SafeSplitServer(top, window=self.window, low=self.low)
 
 
 POISON_DEFENSES: dict[str, PoisonDefense] = {
@@ -291,11 +349,12 @@ POISON_DEFENSES: dict[str, PoisonDefense] = {
     ),
     "safesplit": PoisonDefense(
         "turns of the shared top rolled back by majority (SafeSplit, Rieger et al. 2025), clipped steps; trimmed means",
-        lambda bad, members: Safeguard(Robust(TrimmedMean(bad)), clip=CLIP, seats=lambda top, *_: SafeSplitServer(top)),
+        lambda bad, members: Safeguard(Robust(TrimmedMean(bad)), clip=CLIP, seats=Rollbacks()),
         trimmed, ("splitfed_v2",),
     ),
     "witnesses": PoisonDefense(
         "the shared top learns what tops of other clients find likely, in clipped steps; medians of bottoms (ours)",
-        witnessed, lambda bad, members: Median(), ("splitfed_v2",),
+        lambda bad, members: Safeguard(Robust(Median()), clip=CLIP, seats=Witnesses()), lambda *_: Median(),
+        ("splitfed_v2",), least_members=Witnesses.groups, least_rounds=WARM_UP + 1,
     ),
 }  # fmt: skip

@@ -17,8 +17,7 @@ from experiments.tables import Table
 
 __all__ = ["backdoors", "poison_table", "poisonings"]
 
-FAMILY = "poisoning"
-DOOR = "backdoor"  # a goal
+FAMILIES = {"accuracy": "poisoning", "success": "backdoor"}
 WORST = {"accuracy": min, "success": max}
 
 
@@ -30,7 +29,7 @@ def poisonings(records: Sequence[Record], path: Path) -> Path | None:
         path.unlink(missing_ok=True)
         return None
     columns = list(dict.fromkeys((point.setting, point.strength) for point in points))
-    rows = list(dict.fromkeys(point.protection for point in points))
+    rows = list(dict.fromkeys(_row(point) for point in points))
     width, height = 2.6 + 1.75 * len(columns), 2.2 + 0.52 * len(rows)
     size = (max(7.0, width * len(metrics)), height + 1.2)
     figure = Figure(figsize=size, layout="constrained")
@@ -57,18 +56,18 @@ def backdoors(records: Sequence[Record], path: Path) -> Path | None:
     figure = Figure(figsize=(1.6 + 4.4 * len(settings), 4.9), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
-    names = list(dict.fromkeys(point.protection for point in points))
+    names = list(dict.fromkeys(_row(point) for point in points))
     for axes, (setting, strength) in zip(grid, settings, strict=True):
         for point in points:
             if (point.setting, point.strength) != (setting, strength):
                 continue
-            look = names.index(point.protection)
+            look = names.index(_row(point))
             worst = [_worst(record, "success") for record in point.records]
             found = [(leak.metrics["accuracy"], leak.metrics["success"]) for leak in worst if leak is not None]
             axes.scatter(
                 [success for _, success in found], [accuracy for accuracy, _ in found], s=46, alpha=0.85,
                 color=COLOURS[look % len(COLOURS)], marker=MARKERS[look % len(MARKERS)],
-                label=literal(point.protection),
+                label=literal(_row(point)),
                 edgecolors="white", linewidths=0.6,
             )  # fmt: skip
         axes.set_xlim(-0.04, 1.04)
@@ -86,7 +85,7 @@ def backdoors(records: Sequence[Record], path: Path) -> Path | None:
 
 def poison_table(points: Sequence[Point]) -> Table | None:
     """Return a row for each attack on each configuration, its figures seed by seed."""
-    found = [point for point in points if any(leak.family == FAMILY for r in point.records for leak in r.leakage)]
+    found = [point for point in points if _is_poisoned(point)]
     if not found:
         return None
     rows = []
@@ -95,23 +94,26 @@ def poison_table(points: Sequence[Point]) -> Table | None:
             leaks = point.leaks(name)
             rows.append(
                 (
-                    point.setting.title, f"{point.protection}, {point.strength}", name,
+                    point.setting.title, f"{_row(point)}, {point.strength}", name,
                     str(leaks[0].details.get("surface", "")),
                     _seeds([leak.baselines["accuracy_unattacked"] for leak in leaks]),
                     _seeds([leak.metrics["accuracy"] for leak in leaks]),
                     _seeds([leak.metrics["success"] for leak in leaks if "success" in leak.metrics]),
+                    _seeds([leak.baselines["success_untriggered"] for leak in leaks if "success" in leak.metrics]),
                     _seeds([leak.metrics["out_of_bad"] for leak in leaks if "out_of_bad" in leak.metrics]),
                     _seeds([leak.metrics["out_of_honest"] for leak in leaks if "out_of_honest" in leak.metrics]),
                     str(sum(int(leak.details.get("not_finite", 0)) for leak in leaks)),
                 )
             )  # fmt: skip
     caption = (
-        "Each attack on each defense, a figure a seed. Shut out: the share of rounds in which an update had no part in "
-        "the result, of bad and of honest members, where the rule says so."
+        "Each attack on each defense, a figure a seed. Success, and without trigger: the share of samples of other "
+        "classes that are taken for the trigger's, with it and without; of a model that collapsed both may be high. "
+        "Shut out: the share of rounds in which an update had no part in the result, of bad and of honest members, "
+        "where the rule says so (witnesses: who is doubted in the end)."
     )
     columns = (
-        "setting", "defense", "attack", "surface", "accuracy unattacked", "accuracy", "success", "bad shut out",
-        "honest shut out", "not finite",
+        "setting", "defense", "attack", "surface", "accuracy unattacked", "accuracy", "success", "without trigger",
+        "bad shut out", "honest shut out", "not finite",
     )  # fmt: skip
     return Table(caption, columns, tuple(rows), 4)
 
@@ -121,7 +123,7 @@ def _heat(
 ) -> None:
     values = np.full((len(rows), len(columns)), np.nan)
     for point in points:
-        row, column = rows.index(point.protection), columns.index((point.setting, point.strength))
+        row, column = rows.index(_row(point)), columns.index((point.setting, point.strength))
         worst = [leak for record in point.records if (leak := _worst(record, metric)) is not None]
         if not worst:
             continue
@@ -141,9 +143,15 @@ def _column(setting: Setting, strength: str) -> str:
 
 
 def _poisoned(records: Sequence[Record]) -> list[Point]:
-    return [
-        point for point in summarise(records) if any(leak.family == FAMILY for r in point.records for leak in r.leakage)
-    ]
+    return [point for point in summarise(records) if _is_poisoned(point)]
+
+
+def _is_poisoned(point: Point) -> bool:
+    return any(leak.family in FAMILIES.values() for record in point.records for leak in record.leakage)
+
+
+def _row(point: Point) -> str:
+    return f"{point.protection} ({point.variant})" if point.variant else point.protection
 
 
 def _leaks(point: Point, metric: str) -> bool:
@@ -152,8 +160,7 @@ def _leaks(point: Point, metric: str) -> bool:
 
 def _worst(record: Record, metric: str) -> Leakage | None:
     """Return the attack of this goal that did worst in a trial: on accuracy, or a backdoor."""
-    door = metric == "success"
-    found = [leak for leak in record.leakage if leak.family == FAMILY and (leak.details.get("goal") == DOOR) is door]
+    found = [leak for leak in record.leakage if leak.family == FAMILIES[metric]]
     return WORST[metric](found, key=lambda leak: leak.metrics[metric], default=None)
 
 

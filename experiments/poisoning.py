@@ -2,20 +2,30 @@
 
 A trial is one defense under one protocol: a training without attack, and one with each attack. Utility is that of the
 first. Of an attack on accuracy the advantage is the share of what the training had gained over the commonest class that
-the attack took away; of a backdoor its success, over that of the same trigger on the unattacked model.
+the attack took away; of a backdoor its success, over that of the same trigger on the unattacked model and over what the
+attacked model takes for the class without any trigger, so that a model that answers nothing else is no success.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from attacks.poisoning import backdoor_success
 from defenses.aggregation import Robust
-from experiments.bad_members import FEDERATIONS, Federated, Sabotage, Safeguard, federate
+from experiments.bad_members import (
+    FEDERATIONS,
+    Federated,
+    Sabotage,
+    Safeguard,
+    answers,
+    federate,
+    member_shares,
+)
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.names import find
 from experiments.parts import told
@@ -40,6 +50,7 @@ __all__ = ["BACKDOOR", "POISONING", "PRIVACY_MEETS_POISONING", "ROUNDS", "SURFAC
 
 ROUNDS = {"splitfed_v1": 40, "splitfed_v2": 30, "splitfed_v3": 30, "parallel": 40, "fedavg": 30}
 RATES = {"splitfed_v1": 0.05, "splitfed_v2": 0.02, "splitfed_v3": 0.05, "parallel": 0.05, "fedavg": 0.05}
+CLIPPED_RATE = 0.05  # of a shared top whose steps are clipped
 DAMAGE = ("label_flip", "sign_flip", "alie", "min_max", "adaptive", "smashed_noise", "misa")
 DOORS = ("badnets", "replacement", "dba", "embedding")
 BOTH = ("none", "clip", "trimmed_mean", "multi_krum", "nnm", "trimmed_mean_clip")
@@ -66,13 +77,19 @@ class Config:
     )
     cuts: tuple[str, ...] = field(
         default=("default",),
-        metadata={"help": "last layer below the cut, by name; default: the model's usual one; depths: one to three"},
+        metadata={"help": "last layer below the cut, by name, or default, first, depths; fedavg has none"},
     )
     private: int = field(default=0, metadata={"help": "private samples of all members; 0: all but the auxiliary"})
     auxiliary: int = field(default=100, metadata={"help": "labelled samples that a bad server holds"})
     rounds: int = field(default=0, metadata={"help": "rounds of training; 0: the protocol's usual number, 30 or 40"})
     batch_size: int = field(default=16, metadata={"help": "samples in a batch"})
-    lr: float = field(default=0.0, metadata={"help": "learning rate of SGD with momentum; 0: the protocol's usual one"})
+    lr: float = field(
+        default=0.0,
+        metadata={
+            "help": "learning rate of SGD with momentum; 0: 0.05, or 0.02 for a shared top (splitfed_v2) whose steps "
+            "are not clipped"
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -91,10 +108,8 @@ class Backdoor(Config):
     )  # fmt: skip
     attacks: tuple[str, ...] = field(default=DOORS, metadata={"help": f"of {', '.join(POISON_ATTACKS)}"})
     cuts: tuple[str, ...] = field(
-        default=("first",), metadata={"help": "last layer below the cut, by name, or first, default, depths"}
-    )
-    lr: float = field(
-        default=0.05, metadata={"help": "learning rate of SGD with momentum, at which a shared top must be clipped"}
+        default=("first",),
+        metadata={"help": "last layer below the cut, by name, or default, first, depths; fedavg has none"},
     )
 
 
@@ -114,7 +129,7 @@ class Surface(Config):
     )
     cuts: tuple[str, ...] = field(
         default=("depths",),
-        metadata={"help": "last layer below the cut, by name; default: the model's usual one; depths: one to three"},
+        metadata={"help": "last layer below the cut, by name, or default, first, depths; fedavg has none"},
     )
 
 
@@ -160,16 +175,13 @@ class Trial:
 def tasks(config: Config, options: Options, *, name: str) -> list[Task]:
     """Return one task for each protocol, cut, defense, number of bad members, alpha and seed; all is checked first."""
     find("data set", options.data, DATASETS)
-    chosen = [find("attack", one, POISON_ATTACKS) for one in config.attacks]
+    for one in config.attacks:
+        find("attack", one, POISON_ATTACKS)
     for one in config.defenses:
         find("defense", one, POISON_DEFENSES)
     for one in config.protocols:
         find("protocol", one, ROUNDS)
-    for bad in config.bad:
-        if not 1 <= bad < config.clients:
-            raise ValueError(f"expected --bad members from 1 to {config.clients - 1} of {config.clients}, got {bad}")
-    if not chosen:
-        raise ValueError("expected at least one attack, got none: nothing to do; name one with --attacks")
+    _check(config)
     device = device_of(options.device)
     sizes = _sizes(options.data, config)
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
@@ -183,13 +195,15 @@ def tasks(config: Config, options: Options, *, name: str) -> list[Task]:
         for place in cuts:
             for defense in defenses if attacks else ():
                 for bad in config.bad:
-                    _check_limit(defense, bad, config.clients)
+                    _check_limit(defense, bad, config, protocol)
                     for alpha in config.alphas:
                         for seed in options.seeds:
+                            member_shares(splits.private.y, config.clients, alpha, seed)  # too few samples are told now
                             training = Training(
                                 protocol=protocol, cut=place, epochs=config.rounds or ROUNDS[protocol],
-                                batch_size=config.batch_size, optimizer="sgd", lr=config.lr or RATES[protocol],
-                                clients=config.clients, seed=seed, device=device,
+                                batch_size=config.batch_size, optimizer="sgd",
+                                lr=config.lr or _rate(protocol, defense, bad, config.clients), clients=config.clients,
+                                seed=seed, device=device,
                             )  # fmt: skip
                             trial = Trial(options.data, sizes, training, defense, attacks, bad, alpha)
                             alone = replace(
@@ -212,15 +226,40 @@ def tasks(config: Config, options: Options, *, name: str) -> list[Task]:
     return found
 
 
-def _check_limit(defense: str, bad: int, clients: int) -> None:
-    """Refuse more bad members than a rule is defined for."""
-    POISON_DEFENSES[defense].build(bad, clients)
-    rule = POISON_DEFENSES[defense].rule
-    if rule is not None and (made := rule(bad, clients)).least > clients:
+def _rate(protocol: str, defense: str, bad: int, clients: int) -> float:
+    """Return the usual learning rate; a shared top that is not clipped diverges sooner."""
+    clipped = POISON_DEFENSES[defense].build(bad, clients).clip is not None
+    return CLIPPED_RATE if clipped else RATES[protocol]
+
+
+def _check(config: Config) -> None:
+    """Refuse numbers that no federation can be made of."""
+    if config.clients < 2:
+        raise ValueError(f"expected --clients of 2 or more, one of them bad, got {config.clients}")
+    for bad in config.bad:
+        if not 1 <= bad < config.clients:
+            raise ValueError(f"expected --bad members from 1 to {config.clients - 1} of {config.clients}, got {bad}")
+    if config.rounds < 0:
+        raise ValueError(f"expected --rounds of 0 (the usual number) or more, got {config.rounds}")
+    if config.auxiliary < 1:
+        raise ValueError(f"expected --auxiliary of 1 sample or more, got {config.auxiliary}")
+    if not config.attacks:
+        raise ValueError("expected at least one attack, got none: nothing to do; name one with --attacks")
+
+
+def _check_limit(defense: str, bad: int, config: Config, protocol: str) -> None:
+    """Refuse more bad members than a rule is defined for, and fewer members or rounds than a defense needs."""
+    entry, rounds = POISON_DEFENSES[defense], config.rounds or ROUNDS[protocol]
+    entry.build(bad, config.clients)
+    rule = entry.rule
+    least = max(entry.least_members, rule(bad, config.clients).least if rule is not None else 0)
+    if least > config.clients:
         raise ValueError(
-            f"expected at least {made.least} clients for {defense} against {bad} bad ones, got {clients}; lower "
+            f"expected at least {least} clients for {defense} against {bad} bad ones, got {config.clients}; lower "
             "--bad, raise --clients, or leave it out"
         )
+    if rounds < entry.least_rounds:
+        raise ValueError(f"expected at least {entry.least_rounds} rounds for {defense}, got {rounds}; raise --rounds")
 
 
 def aim_of(trial: Trial, splits: Splits) -> PoisonAim:
@@ -228,7 +267,7 @@ def aim_of(trial: Trial, splits: Splits) -> PoisonAim:
     defense, training = POISON_DEFENSES[trial.defense], trial.training
     rule = None if defense.rule is None else defense.rule(trial.bad, training.clients)
     bounds = (0.0, 1.0) if splits.private.kind == "image" else None
-    bottom = partial(_bottom, training, splits)
+    bottom = partial(_bottom, replace(training, seed=training.seed + 1), splits)  # another start than the members'
     return PoisonAim(splits.private.num_classes, training.clients, trial.bad, bounds, training.seed, rule, bottom)
 
 
@@ -256,8 +295,11 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
 
     clean = trained("train", Sabotage())
     worth = utility(clean.logits(x).nan_to_num(), y)
+    worth["accuracy"] = _accuracy(clean, x, y)
     traces = {"accuracy (no attack)": clean.accuracy}
     leakage, notes = [], [clean.stopped] if clean.stopped else []
+    if worth["accuracy"] <= torch.bincount(y).max().item() / len(y):
+        notes.append("nothing was learned even without attack: what attacks did says nothing of the defense")
     for name in trial.attacks:
         sabotage = POISON_ATTACKS[name].build(aim)
         done = trained(f"attack_{name}", sabotage)
@@ -267,45 +309,46 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     parameters = sum(one.numel() for one in _bottom(trial.training, splits).parameters())
     return Outcome(
         utility=worth, leakage=leakage, seconds=seconds, nbytes=clean.nbytes, traces=traces,
-        visible={f"attacker ({name})": [f"surface: {POISON_ATTACKS[name].surface}"] for name in trial.attacks},
+        visible={f"attacker ({name})": POISON_ATTACKS[name].in_words for name in trial.attacks},
         epsilon=claims[0].epsilon if claims else None, delta=claims[0].delta if claims else None,
         notes=[*notes, f"{parameters} parameters of bottoms are averaged; bad members: {clean.bad}"],
     )  # fmt: skip
 
 
-def _scored(
-    name: str, sabotage: Sabotage, done: Federated, clean: Federated, x: torch.Tensor, y: torch.Tensor
-) -> Leakage:
+def _scored(name: str, sabotage: Sabotage, done: Federated, clean: Federated, x: Tensor, y: Tensor) -> Leakage:
     """Return what one attack did, beside the training that nobody attacked."""
-    logits, before = done.logits(x).nan_to_num(), clean.logits(x).nan_to_num()
-    metrics = {"accuracy": utility(logits, y)["accuracy"]}
-    unattacked = utility(before, y)["accuracy"]
+    metrics, unattacked = {"accuracy": _accuracy(done, x, y)}, _accuracy(clean, x, y)
     baselines = {"accuracy_unattacked": unattacked}
-    majority = torch.bincount(y).max().item() / len(y)
     if sabotage.trigger is not None:
-        inner = sabotage.on_activations
+        trigger, inner, others = sabotage.trigger, sabotage.on_activations, y != sabotage.target
 
-        def success(model: Federated) -> float:
-            found = model.logits(x, sabotage.trigger, inner=inner).nan_to_num()
-            return backdoor_success(found, y, sabotage.target)
+        def success(model: Federated, trigger: Callable[[Tensor], Tensor] | None) -> float:
+            said = answers(model.logits(x, trigger, inner=inner))[others]
+            return (said == sabotage.target).double().mean().item()
 
-        metrics["success"], baselines["success_unattacked"] = success(done), success(clean)
-        advantage = accuracy_advantage(metrics["success"], baselines["success_unattacked"])
+        metrics["success"] = success(done, trigger)
+        baselines |= {"success_unattacked": success(clean, trigger), "success_untriggered": success(done, None)}
+        best = max(baselines["success_unattacked"], baselines["success_untriggered"])
+        advantage = accuracy_advantage(metrics["success"], best) if best < 1 else 0.0
     else:
-        gained = unattacked - majority
+        gained = unattacked - torch.bincount(y).max().item() / len(y)
         advantage = min(1.0, max(0.0, (unattacked - metrics["accuracy"]) / gained)) if gained > 0 else 0.0
-    out = [(set(done.bad) & set(one), set(one) - set(done.bad)) for one in done.out if one]
-    if out:
-        others = done.members - len(done.bad)
-        metrics["out_of_bad"] = sum(len(bad) for bad, _ in out) / (len(done.out) * max(1, len(done.bad)))
-        metrics["out_of_honest"] = sum(len(good) for _, good in out) / (len(done.out) * max(1, others))
+    if done.out:
+        bad, honest = set(done.bad), done.members - len(done.bad)
+        metrics["out_of_bad"] = sum(len(bad & set(one)) for one in done.out) / (len(done.out) * len(bad))
+        metrics["out_of_honest"] = sum(len(set(one) - bad) for one in done.out) / (len(done.out) * honest)
     details = {
-        "best": name, "goal": POISON_ATTACKS[name].goal, "surface": POISON_ATTACKS[name].surface,
-        "bad": done.bad, "not_finite": done.lost, "stopped": done.stopped,
+        "best": name, "surface": POISON_ATTACKS[name].surface, "bad": done.bad, "not_finite": done.lost,
+        "stopped": done.stopped,
     }  # fmt: skip
     return Leakage(
-        attack=name, family="poisoning", advantage=advantage, metrics=metrics, baselines=baselines, details=details
-    )
+        attack=name, family=POISON_ATTACKS[name].goal, advantage=advantage, metrics=metrics, baselines=baselines,
+        details=details,
+    )  # fmt: skip
+
+
+def _accuracy(model: Federated, x: Tensor, y: Tensor) -> float:
+    return (answers(model.logits(x)) == y).double().mean().item()
 
 
 def _bottom(training: Training, splits: Splits) -> torch.nn.Module:

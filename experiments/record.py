@@ -20,7 +20,7 @@ class Leakage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")  # a PSNR may be infinite
 
     attack: str
-    family: Literal["reconstruction", "label", "membership", "property", "poisoning"]
+    family: Literal["reconstruction", "label", "membership", "property", "poisoning", "backdoor"]
     advantage: float = Field(ge=0, le=1)
     metrics: dict[str, float]  # for reconstruction: mse, psnr, ssim, and quantiles such as mse_q10
     baselines: dict[str, float]  # what an attacker who saw nothing reaches: mse_mean_image, mse_class_mean_image

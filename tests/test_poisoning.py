@@ -7,17 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from attacks.poisoning import MirroredLabels, SmashedNoise
+from defenses.aggregation import FoolsGold
 from experiments import poisoning
-from experiments.bad_members import FEDERATIONS, Sabotage, Safeguard, bad_members, federate
+from experiments.bad_members import FEDERATIONS, Federated, Sabotage, Safeguard, bad_members, federate
 from experiments.catalogue import POISON_ATTACKS, POISON_DEFENSES
 from experiments.experiment import Options
+from experiments.poison_ingredients import Afresh
 from experiments.poison_plot import poison_table
+from experiments.poisoning import _scored
 from experiments.report import build
 from experiments.runner import Outcome, run
 from experiments.store import Store
 from experiments.summary import summarise
 from experiments.training import Training, load_splits
 from splitlearn.guard import Guard
+from splitlearn.party import Learner
 
 ONCE = Options(seeds=(0,))
 TOY = poisoning.Config(
@@ -34,7 +39,7 @@ def outcome_of(config: poisoning.Config) -> Outcome:
     return task.call()
 
 
-def trained(protocol: str, *, rounds: int, **also: Sabotage | Safeguard) -> float:
+def trained(protocol: str, *, rounds: int, **also: Sabotage | Safeguard) -> Federated:
     rates = {"splitfed_v2": 0.02}
     training = Training(
         protocol=protocol, cut="relu2", epochs=rounds, batch_size=16, optimizer="sgd", lr=rates.get(protocol, 0.05),
@@ -43,7 +48,7 @@ def trained(protocol: str, *, rounds: int, **also: Sabotage | Safeguard) -> floa
     parts = {"sabotage": Sabotage(), "safeguard": Safeguard()} | also
     done = federate(training, SPLITS, alpha=100.0, bad=1, **parts)  # type: ignore[arg-type]
     assert len(done.accuracy) == rounds
-    return done.accuracy[-1]
+    return done
 
 
 @pytest.mark.parametrize("protocol", FEDERATIONS)
@@ -52,19 +57,25 @@ def test_every_federation_runs_every_attack_that_has_a_surface_there(protocol: s
     outcome = outcome_of(replace(TOY, protocols=(protocol,), attacks=fits))
     assert [leak.attack for leak in outcome.leakage] == list(fits)
     for leak in outcome.leakage:
-        assert leak.family == "poisoning"
-        assert ("success" in leak.metrics) is (POISON_ATTACKS[leak.attack].goal == "backdoor")
+        assert leak.family == POISON_ATTACKS[leak.attack].goal
+        assert ("success" in leak.metrics) is (leak.family == "backdoor")
+        assert f"surface: {POISON_ATTACKS[leak.attack].surface}" in outcome.visible[f"attacker ({leak.attack})"]
         assert 0 <= leak.advantage <= 1
         assert len(outcome.traces[f"accuracy ({leak.attack})"]) == 1 or leak.details["stopped"]
 
 
-@pytest.mark.parametrize("name", POISON_DEFENSES)
-def test_every_defense_takes_part_in_a_round(name: str) -> None:
-    protocol = POISON_DEFENSES[name].protocols[-1]
-    attack = "label_flip"
-    outcome = outcome_of(replace(TOY, defenses=(name,), protocols=(protocol,), attacks=(attack,)))
-    assert 0 <= outcome.utility["accuracy"] <= 1
-    assert outcome.traces["accuracy (no attack)"] != []
+@pytest.mark.parametrize(
+    ("name", "protocol"), [(name, protocol) for name, one in POISON_DEFENSES.items() for protocol in one.protocols]
+)
+def test_every_defense_takes_part_in_unequal_rounds_of_every_protocol(name: str, protocol: str) -> None:
+    rounds = POISON_DEFENSES[name].least_rounds
+    config = replace(
+        TOY, defenses=(name,), protocols=(protocol,), attacks=("label_flip",), alphas=(1.0,), rounds=rounds
+    )
+    outcome = outcome_of(config)
+    assert len(outcome.traces["accuracy (no attack)"]) == rounds
+    assert not [note for note in outcome.notes if "stopped" in note]
+    assert (outcome.epsilon is not None) is (name == "private_mean")
 
 
 @pytest.mark.slow
@@ -98,13 +109,57 @@ def test_a_patch_gets_into_the_shared_top_whatever_the_bottoms_are_aggregated_by
     assert leak.baselines["success_unattacked"] < 0.1
 
 
-def test_without_bad_deeds_an_attack_is_none() -> None:
-    assert trained("splitfed_v2", rounds=2) == trained("splitfed_v2", rounds=2, sabotage=Sabotage(target=3))
+@pytest.mark.parametrize("protocol", ["splitfed_v1", "splitfed_v2", "fedavg"])
+def test_without_bad_deeds_an_attack_is_none(protocol: str) -> None:
+    nothing = Sabotage(data=lambda number: MirroredLabels(10, share=0.0), guard=lambda number: SmashedNoise(0.0))
+    lied = Sabotage(data=lambda number: MirroredLabels(10))
+    x = SPLITS.test.x
+    clean, same, other = (trained(protocol, rounds=2, sabotage=one).logits(x) for one in (Sabotage(), nothing, lied))
+    assert torch.equal(clean, same)
+    assert not torch.equal(clean, other)
+
+
+def test_a_model_that_answers_one_class_is_no_success_of_a_backdoor() -> None:
+    class Constant:
+        def __init__(self, logits: list[float]):
+            self.logits = torch.tensor(logits)
+
+        def predict(self, x: torch.Tensor) -> torch.Tensor:
+            return self.logits.expand(len(x), -1)
+
+    sabotage = Sabotage(trigger=lambda x: x)
+    y = torch.arange(10) % 4
+    clean, collapsed, broken = (
+        Federated(None, Constant(logits), [0], 2) for logits in ([0.0, 1, 0, 0], [1.0, 0, 0, 0], [float("nan")] * 4)
+    )
+    leak = _scored("badnets", sabotage, collapsed, clean, torch.rand(10, 3), y)
+    assert leak.metrics["success"] == leak.baselines["success_untriggered"] == 1.0
+    assert leak.advantage == 0.0
+    leak = _scored("badnets", sabotage, broken, clean, torch.rand(10, 3), y)
+    assert leak.metrics == {"accuracy": 0.0, "success": 0.0}
+
+
+def test_a_bad_server_does_not_defend_itself() -> None:
+    made: list[Learner] = []
+
+    def bad(server: Learner, x: torch.Tensor, y: torch.Tensor) -> Learner:
+        made.append(server)
+        return server
+
+    trained("splitfed_v2", rounds=1, sabotage=Sabotage(server=bad), safeguard=Safeguard(clip=1.0))
+    assert isinstance(made[0].optimizer, torch.optim.SGD)
+
+
+def test_who_knows_a_rule_that_remembers_does_not_move_it() -> None:
+    rule, rows = FoolsGold(), torch.randn(5, 4, dtype=torch.float64)
+    once, again = Afresh(rule)(rows), Afresh(rule)(rows)
+    assert torch.equal(once, again)
+    assert not rule.history
 
 
 @pytest.mark.parametrize("protocol", FEDERATIONS)
 def test_every_federation_learns(protocol: str) -> None:
-    assert trained(protocol, rounds=16) > 0.6
+    assert trained(protocol, rounds=16).accuracy[-1] > 0.6
 
 
 def test_bad_members_are_drawn_by_the_seed() -> None:
@@ -126,6 +181,17 @@ def test_a_member_whose_numbers_are_not_finite_stops_nobody_else() -> None:
     assert done.lost == 2
     assert len(done.accuracy) == 2
     assert not done.stopped
+    apart = replace(training, protocol="splitfed_v3")
+    done = federate(apart, SPLITS, alpha=100.0, bad=1, sabotage=sabotage, safeguard=Safeguard())
+    assert (done.lost, len(done.accuracy), done.stopped) == (2, 2, "")
+
+
+def test_where_nobody_is_finite_the_training_ends_and_says_so() -> None:
+    training = Training(
+        protocol="fedavg", cut="relu2", epochs=3, batch_size=16, optimizer="sgd", lr=1e12, clients=5, seed=0
+    )
+    done = federate(training, SPLITS, alpha=100.0, bad=1, sabotage=Sabotage(), safeguard=Safeguard())
+    assert done.stopped.startswith("stopped in round")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +199,13 @@ def test_a_member_whose_numbers_are_not_finite_stops_nobody_else() -> None:
     [
         ({"bad": (10,)}, "--bad members from 1 to 9 of 10, got 10"),
         ({"attacks": ()}, "at least one attack"),
+        ({"rounds": -1}, "--rounds of 0"),
+        ({"auxiliary": 0}, "--auxiliary of 1"),
+        ({"clients": 1}, "--clients of 2 or more"),
+        ({"alphas": (0.0,)}, "alpha above 0"),
+        ({"clients": 100}, "expected at most 1 rows a client"),
+        ({"defenses": ("witnesses",), "clients": 8}, "at least 10 clients for witnesses"),
+        ({"defenses": ("witnesses",), "rounds": 5}, "at least 6 rounds for witnesses"),
         ({"attacks": ("signflip",)}, "did you mean sign_flip"),
         ({"defenses": ("krumm",)}, "did you mean krum"),
         ({"protocols": ("vanilla",)}, "no protocol is named 'vanilla'"),
@@ -155,6 +228,8 @@ def test_a_trial_is_the_same_twice_and_its_identity_holds_the_settings() -> None
     assert "scale=5.0" in str(task.config["attacks"])
     (other,) = poisoning.tasks(replace(config, defenses=("trimmed_mean",)), ONCE, name="poisoning")
     assert "TrimmedMean(f=1)" in str(other.config["defense"])
+    (seated,) = poisoning.tasks(replace(config, defenses=("witnesses",), rounds=9), ONCE, name="poisoning")
+    assert "tolerance=0.2, rounds=5" in str(seated.config["defense"])
 
 
 def test_the_report_shows_the_worst_attack_and_each_seed(tmp_path: Path) -> None:
