@@ -64,7 +64,7 @@ KNOWN = {
 }  # surface -> what the adversary sees and knows
 SPLIT = tuple(name for name in FEDERATIONS if name != "fedavg")
 FED = ("splitfed_v1", "splitfed_v2", "parallel", "fedavg")  # where a fed server averages what clients send
-WARM_UP = 5  # rounds in which witnesses learn before they are asked
+WARM_UP = 12  # rounds in which witnesses learn before they are asked
 LONGEST = 1.0  # norm of an update that a private mean lets through
 NOISE = 0.5  # standard deviation, on activations
 CLIP = 1.0  # of a step of the top: the norm of its gradient

@@ -50,7 +50,7 @@ __all__ = ["BACKDOOR", "POISONING", "PRIVACY_MEETS_POISONING", "ROUNDS", "SURFAC
 
 ROUNDS = {"splitfed_v1": 40, "splitfed_v2": 30, "splitfed_v3": 30, "parallel": 40, "fedavg": 30}
 RATES = {"splitfed_v1": 0.05, "splitfed_v2": 0.02, "splitfed_v3": 0.05, "parallel": 0.05, "fedavg": 0.05}
-CLIPPED_RATE = 0.05  # of a shared top whose steps are clipped
+CLIPPED_RATE = 0.03  # of a shared top whose steps are clipped
 DAMAGE = ("label_flip", "sign_flip", "alie", "min_max", "adaptive", "smashed_noise", "misa")
 DOORS = ("badnets", "replacement", "dba", "embedding")
 BOTH = ("none", "clip", "trimmed_mean", "multi_krum", "nnm", "trimmed_mean_clip")
@@ -86,8 +86,8 @@ class Config:
     lr: float = field(
         default=0.0,
         metadata={
-            "help": "learning rate of SGD with momentum; 0: 0.05, or 0.02 for a shared top (splitfed_v2) whose steps "
-            "are not clipped"
+            "help": "learning rate of SGD with momentum; 0: 0.05; for a shared top (splitfed_v2) 0.03 where its steps "
+            "are clipped, else 0.02"
         },
     )
 
