@@ -16,14 +16,14 @@ Deviations: the surrogate is also pulled to the clients' activations, class mean
 those of the true loss, in a top that has been poisoned.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from attacks.impostor import Impostor
 from attacks.poisoning.backdoor import Backdoor
 from splitlearn import Learner
 from splitlearn.randomness import Randomness
@@ -61,7 +61,7 @@ class ServerBackdoor:
         return SurrogateServer(self, server, x, y)
 
 
-class SurrogateServer:
+class SurrogateServer(Impostor):
     """The server that lies: a party's methods, of which ``learn`` also trains a ``surrogate`` client and a backdoor.
 
     Its loss and gradients are the honest server's. It never sees a client's input or weights. What it draws itself
@@ -71,7 +71,8 @@ class SurrogateServer:
     def __init__(self, settings: ServerBackdoor, server: Learner, x: Tensor, y: Tensor):
         if len(x) != len(y) or not len(x):
             raise ValueError(f"expected labelled samples, at least one, got {len(x)} inputs and {len(y)} labels")
-        self.settings, self.server, self.name = settings, server, server.name
+        super().__init__(server)
+        self.settings = settings
         self.x, self.y = x, y
         self._randomness = Randomness(settings.seed, server.name, "surrogate")
         with self._randomness.own(x.device):
@@ -85,47 +86,12 @@ class SurrogateServer:
             "SplitFed training"
         )
 
-    def backward(self, g: Tensor) -> Tensor | None:
-        """Take a gradient as the honest server does."""
-        return self.server.backward(g)
-
     def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Learn as the honest server does and return what it returns; then train the surrogate and the backdoor."""
         answer = self.server.learn(z, y)
         for _ in range(self.settings.steps):
             self._poison(z.detach(), y)
         return answer
-
-    def label(self, y: Tensor) -> Tensor:
-        """Return the labels as the honest server does."""
-        return self.server.label(y)
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Return the stage's output in evaluation mode."""
-        return self.server.predict(x)
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return clones of the top's parameters and buffers."""
-        return self.server.weights()
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over parameters and buffers."""
-        self.server.load_weights(weights)
-
-    def abandon(self) -> None:
-        """Give up the open step, if there is one, as the server does."""
-        self.server.abandon()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Raise ``ValueError``: what it trains beside the server is not kept."""
-        raise ValueError(
-            f"{self.name}: expected a party that can be checkpointed, got an attack that takes part; run it without "
-            "checkpoint= and patience="
-        )
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ``ValueError``, as ``state_dict`` does."""
-        self.state_dict()
 
     def _poison(self, z: Tensor, y: Tensor) -> None:
         with self._randomness.own(self.x.device):
