@@ -89,6 +89,7 @@ def tiny(monkeypatch, tmp_path):
     for kind in ("PROTOCOLS", "ATTACKS", "PROTECTIONS", "DETECTORS", "MECHANISMS"):
         setattr(catalogue, kind, {"some": SimpleNamespace(summary=f"one of the {kind.lower()}")})
     catalogue.BUILT_ATTACKS = catalogue.UPDATE_ATTACKS = catalogue.LABEL_ATTACKS = catalogue.LABEL_PROTECTIONS = {}
+    catalogue.POISON_ATTACKS = catalogue.POISON_DEFENSES = {}
     catalogue.BENCHES = {"speed": SimpleNamespace(summary="how fast", run=measure)}
     monkeypatch.setitem(sys.modules, "experiments.catalogue", catalogue)
     monkeypatch.delenv("SPLITLEARN_DATA", raising=False)
@@ -122,6 +123,8 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
         LABEL_ATTACKS,
         LABEL_PROTECTIONS,
         MECHANISMS,
+        POISON_ATTACKS,
+        POISON_DEFENSES,
         PROTECTIONS,
         PROTOCOLS,
         UPDATE_ATTACKS,
@@ -135,6 +138,8 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
         ATTACKS,
         UPDATE_ATTACKS,
         LABEL_ATTACKS,
+        POISON_ATTACKS,
+        POISON_DEFENSES,
         LABEL_PROTECTIONS,
         BUILT_ATTACKS,
         PROTECTIONS,
