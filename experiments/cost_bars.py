@@ -12,7 +12,7 @@ from experiments.record import Record
 from experiments.summary import Point, Setting, Spread, summarise
 
 __all__ = [
-    "CLEAR", "LEAKY", "SEALED", "Figured", "bars", "by_setting", "finish", "leaky_or_sealed", "logarithmic",
+    "CLEAR", "LEAKY", "SEALED", "Figured", "bars", "below", "by_setting", "finish", "leaky_or_sealed", "logarithmic",
     "megabytes", "name", "noted",
 ]  # fmt: skip
 
@@ -103,6 +103,10 @@ def megabytes(point: Point) -> Spread | None:
 
 def noted(figure: Figure, note: str, points: Sequence[Point]) -> None:
     """Write a note below the figure, and what its bars reach over."""
-    whole = f"{note} {spread_note(max(len(point.seeds) for point in points))}"
-    lines = textwrap.wrap(whole, width=round(CHARACTERS * figure.get_figwidth()))
+    below(figure, f"{note} {spread_note(max(len(point.seeds) for point in points))}")
+
+
+def below(figure: Figure, note: str) -> None:
+    """Write a note below the figure, in lines as wide as it is."""
+    lines = textwrap.wrap(note, width=round(CHARACTERS * figure.get_figwidth()))
     figure.supxlabel("\n".join(lines), fontsize=8.5, color=NEUTRAL)

@@ -8,11 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.cost_bars import noted
+from experiments.cost_bars import below
 from experiments.figures import number
 from experiments.plots import COLOURS, MARKERS, literal, written
 from experiments.record import Leakage, Record
-from experiments.summary import Point, Setting, summarise
+from experiments.summary import Point, summarise
 from experiments.tables import Table
 
 __all__ = ["backdoors", "poison_table", "poisonings"]
@@ -28,21 +28,21 @@ def poisonings(records: Sequence[Record], path: Path) -> Path | None:
     if not metrics:
         path.unlink(missing_ok=True)
         return None
-    columns = list(dict.fromkeys((point.setting, point.strength) for point in points))
-    rows = list(dict.fromkeys(_row(point) for point in points))
-    width, height = 2.6 + 1.75 * len(columns), 2.2 + 0.52 * len(rows)
-    size = (max(7.0, width * len(metrics)), height + 1.2)
+    told = {metric: [point for point in points if _leaks(point, metric)] for metric in metrics}
+    rows = [len({_row(point) for point in some}) for some in told.values()]
+    columns = [len({_column(point) for point in some}) for some in told.values()]
+    size = (max(9.0, sum(2.6 + 1.75 * count for count in columns)), 3.4 + 0.52 * max(rows))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for axes, metric in zip(grid, metrics, strict=True):
-        _heat(axes, points, metric, rows, columns)
+    grid = figure.subplots(1, len(metrics), squeeze=False, width_ratios=columns)[0]
+    for axes, (metric, some) in zip(grid, told.items(), strict=True):
+        _heat(axes, some, metric)
     figure.suptitle("What bad members do, and what survives: the worst attack", fontsize=13, fontweight="bold")
     note = (
         "Cells: the worst attack's figure, mean over the seeds, each seed below it, and which attack. Accuracy is on "
         "clean test samples, under attacks on it; success is the share of samples that the trigger turns to its class."
     )
-    noted(figure, note, points)
+    below(figure, note)
     return written(figure, path)
 
 
@@ -53,7 +53,7 @@ def backdoors(records: Sequence[Record], path: Path) -> Path | None:
         path.unlink(missing_ok=True)
         return None
     settings = list(dict.fromkeys((point.setting, point.strength) for point in points))
-    figure = Figure(figsize=(1.6 + 4.4 * len(settings), 4.9), layout="constrained")
+    figure = Figure(figsize=(max(9.0, 1.8 + 4.4 * len(settings)), 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
     names = list(dict.fromkeys(_row(point) for point in points))
@@ -78,8 +78,9 @@ def backdoors(records: Sequence[Record], path: Path) -> Path | None:
     grid[0].set_ylabel("accuracy on clean samples")
     handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
-    figure.suptitle("Backdoors: what gets in, and at what accuracy it is kept out", fontsize=13, fontweight="bold")
-    noted(figure, "A dot a seed. Upper left is good: accurate, and the trigger means nothing.", points)
+    figure.suptitle("Backdoors: what gets in, and at what accuracy", fontsize=12, fontweight="bold")
+    note = "A dot a seed. Upper left is good: accurate, and the trigger means nothing. Lower right has collapsed."
+    below(figure, note)
     return written(figure, path)
 
 
@@ -118,12 +119,12 @@ def poison_table(points: Sequence[Point]) -> Table | None:
     return Table(caption, columns, tuple(rows), 4)
 
 
-def _heat(
-    axes: Axes, points: Sequence[Point], metric: str, rows: Sequence[str], columns: Sequence[tuple[Setting, str]]
-) -> None:
+def _heat(axes: Axes, points: Sequence[Point], metric: str) -> None:
+    rows = list(dict.fromkeys(_row(point) for point in points))
+    columns = list(dict.fromkeys(_column(point) for point in points))
     values = np.full((len(rows), len(columns)), np.nan)
     for point in points:
-        row, column = rows.index(_row(point)), columns.index((point.setting, point.strength))
+        row, column = rows.index(_row(point)), columns.index(_column(point))
         worst = [leak for record in point.records if (leak := _worst(record, metric)) is not None]
         if not worst:
             continue
@@ -133,13 +134,13 @@ def _heat(
         dark = values[row, column] < 0.45 if metric == "accuracy" else values[row, column] > 0.55
         axes.text(column, row, literal(text), ha="center", va="center", fontsize=7, color="white" if dark else "black")
     axes.imshow(values, vmin=0, vmax=1, cmap="cividis" if metric == "accuracy" else "cividis_r", aspect="auto")
-    axes.set_xticks(range(len(columns)), [literal(_column(*one)) for one in columns], fontsize=8)
+    axes.set_xticks(range(len(columns)), [literal(one) for one in columns], fontsize=8)
     axes.set_yticks(range(len(rows)), [literal(row) for row in rows], fontsize=8.5)
     axes.set_title({"accuracy": "accuracy under attack", "success": "success of a backdoor"}[metric], fontsize=10)
 
 
-def _column(setting: Setting, strength: str) -> str:
-    return "\n".join([*setting.parts, *strength.split(", ")])
+def _column(point: Point) -> str:
+    return "\n".join([*point.setting.parts, *point.strength.split(", ")])
 
 
 def _poisoned(records: Sequence[Record]) -> list[Point]:
