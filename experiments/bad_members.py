@@ -212,7 +212,7 @@ class _Steady:
     def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
         """Return what the member does, or the weights as they came, with its count of samples."""
         parties = [self.learner] if self._session is None else [self.learner, self._session]
-        before = [party.state_dict() for party in parties]
+        before = copy.deepcopy([party.state_dict() for party in parties])  # an optimizer's is its own live buffers
         try:
             return self._member.round(weights)
         except ValueError as error:

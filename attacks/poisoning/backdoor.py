@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from attacks.poisoning.data import check_label, check_share, chosen
+from attacks.poisoning.data import check_label, check_pair, check_share, chosen
 
 __all__ = ["Backdoor", "Corner", "EdgeCases", "Patch", "Trigger", "backdoor_success", "distributed"]
 
@@ -146,11 +146,8 @@ class EdgeCases:
     share: float = 0.1
 
     def __post_init__(self) -> None:
-        check_label("source", self.source)
-        check_label("target", self.target)
+        check_pair(self.source, self.target)
         check_share(self.share)
-        if self.source == self.target:
-            raise ValueError(f"expected a source and a target that differ, got {self.source} for both")
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the samples, the tail of the class mislabelled; ``LookupError`` without the class."""

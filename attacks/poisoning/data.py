@@ -68,6 +68,14 @@ def check_label(what: str, label: int) -> None:
         raise ValueError(f"expected a {what} label of 0 or more, got {label}; count classes from 0")
 
 
+def check_pair(source: int, target: int) -> None:
+    """Raise ``ValueError`` unless these are two different labels."""
+    check_label("source", source)
+    check_label("target", target)
+    if source == target:
+        raise ValueError(f"expected a source and a target that differ, got {source} for both")
+
+
 def check_labels(y: Tensor, classes: int) -> None:
     """Raise ``ValueError`` unless these are labels of so many classes."""
     if y.dtype != torch.int64 or y.ndim != 1 or (len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes):

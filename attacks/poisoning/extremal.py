@@ -8,6 +8,7 @@ Deviation: the paper halves its way to γ; ‖μ + γp − x_i‖² is a parabol
 form, of [h, h] products and two passes over the rows.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,23 +24,33 @@ Direction = Literal["std", "unit", "sign"]
 
 
 @dataclass(frozen=True)
-class MinMax:
-    """Largest γ with max_i ‖μ + γp − x_i‖ ≤ max_ij ‖x_i − x_j‖ over honest x: no further from any than any two are.
-
-    ``direction`` p: "std" −σ entry by entry, "unit" −μ/‖μ‖, "sign" −sign(μ). One honest update alone, or all alike,
-    leave no room: γ is 0.
-    """
+class Extremal(ABC):
+    """Every colluder sends μ + γp for the largest γ that a constraint on distances to honest rows leaves room for."""
 
     direction: Direction = "std"
 
     def __post_init__(self) -> None:
-        _check(self.direction)
+        if self.direction not in get_args(Direction):
+            raise ValueError(f"expected a direction among {', '.join(get_args(Direction))}, got {self.direction!r}")
 
     def __call__(self, honest: Tensor, own: Tensor) -> Tensor:
         """Return μ + γp, a row a colluder."""
         honest, own = checked(honest, own)
         mean, p = honest.mean(0), along(self.direction, honest)
         return (mean + self.gamma(honest, p) * p).repeat(len(own), 1)
+
+    @abstractmethod
+    def gamma(self, honest: Tensor, p: Tensor) -> float:
+        """Return the largest γ along ``p`` [d]; 0 where p is."""
+
+
+@dataclass(frozen=True)
+class MinMax(Extremal):
+    """Largest γ with max_i ‖μ + γp − x_i‖ ≤ max_ij ‖x_i − x_j‖ over honest x: no further from any than any two are.
+
+    ``direction`` p: "std" −σ entry by entry, "unit" −μ/‖μ‖, "sign" −sign(μ). One honest update alone, or all alike,
+    leave no room: γ is 0.
+    """
 
     def gamma(self, honest: Tensor, p: Tensor) -> float:
         """Return the largest γ along ``p`` [d]; 0 where p is."""
@@ -55,22 +66,11 @@ class MinMax:
 
 
 @dataclass(frozen=True)
-class MinSum:
+class MinSum(Extremal):
     """Largest γ with Σ_i ‖μ + γp − x_i‖² ≤ max_i Σ_j ‖x_i − x_j‖² over honest x; ``direction`` as in ``MinMax``.
 
     Stricter than ``MinMax``: the row is nearer, by the sum of squares, than the outermost honest one.
     """
-
-    direction: Direction = "std"
-
-    def __post_init__(self) -> None:
-        _check(self.direction)
-
-    def __call__(self, honest: Tensor, own: Tensor) -> Tensor:
-        """Return μ + γp, a row a colluder."""
-        honest, own = checked(honest, own)
-        mean, p = honest.mean(0), along(self.direction, honest)
-        return (mean + self.gamma(honest, p) * p).repeat(len(own), 1)
 
     def gamma(self, honest: Tensor, p: Tensor) -> float:
         """Return the largest γ along ``p`` [d]; 0 where p is."""
@@ -90,8 +90,3 @@ def along(direction: Direction, honest: Tensor) -> Tensor:
     if direction == "sign":
         return -mean.sign()
     return -mean / (mean.norm() if mean.any() else 1.0)
-
-
-def _check(direction: str) -> None:
-    if direction not in get_args(Direction):
-        raise ValueError(f"expected a direction among {', '.join(get_args(Direction))}, got {direction!r}")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from defenses.poisoning.sessions import LabelledServer
 from splitlearn import Learner
 
 __all__ = ["PerClientServer"]
@@ -13,7 +14,7 @@ __all__ = ["PerClientServer"]
 Rule = Callable[[Tensor], Tensor]
 
 
-class PerClientServer:
+class PerClientServer(LabelledServer):
     """The server of ``parallel`` and ``parallel_round`` that steps by ``rule`` of the clients' gradients.
 
     ``rule`` maps rows [n, d], the gradient in all parameters of each of n clients' mean loss (float64), to the one [d]
@@ -34,6 +35,8 @@ class PerClientServer:
     at a time. The design is ours; rules are those of robust aggregation.
     """
 
+    REFUSES = "expected activations with labels, as in parallel; this server only learns"
+
     def __init__(self, learner: Learner, rule: Rule, sizes: Sequence[Sequence[int]]):
         if learner.optimizer is None:
             raise ValueError(f"{learner.name}: expected a learner with an optimizer, to step with, got none")
@@ -41,11 +44,11 @@ class PerClientServer:
             raise ValueError(
                 f"expected the sizes of at least one batch a client, each 1 or more, got {[list(own) for own in sizes]}"
             )
-        self.name, self.rule, self.sizes = learner.name, rule, [list(own) for own in sizes]
+        super().__init__(learner.name, learner.session(learner.name))
+        self.rule, self.sizes = rule, [list(own) for own in sizes]
         self.refused = 0
         self._at = 0
         self._collected = _Collecting(learner.optimizer)
-        self.learner = learner.session(learner.name)
         self.learner.optimizer = self._collected
 
     def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -75,30 +78,6 @@ class PerClientServer:
         self._collected.finish(self.rule(torch.stack(rows)))
         self._at = (self._at + 1) % max(map(len, self.sizes))
         return loss / kept, torch.cat([part.to(z.device) for part in parts]).detach() if z.requires_grad else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Raise ``ValueError``: without the labels there are no gradients to aggregate."""
-        raise ValueError(f"{self.name}: expected activations with labels, as in parallel; this server only learns")
-
-    def backward(self, g: Tensor) -> Tensor | None:
-        """Raise ``ValueError``, as ``forward`` does."""
-        raise ValueError(f"{self.name}: expected activations with labels, as in parallel; this server only learns")
-
-    def label(self, y: Tensor) -> Tensor:
-        """Return what the learner says its labels are."""
-        return self.learner.label(y)
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Return the learner's output in evaluation mode."""
-        return self.learner.predict(x)
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return clones of the learner's parameters and buffers."""
-        return self.learner.weights()
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Have the learner take over parameters and buffers."""
-        self.learner.load_weights(weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the learner's state and the place in the round."""

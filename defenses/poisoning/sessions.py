@@ -1,4 +1,4 @@
-"""One client's side of a server that must know whose batch it learns from."""
+"""A server that learns in a way of its own, and one client's side of one that must know whose batch it learns from."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,35 +6,29 @@ from torch import Tensor
 
 from splitlearn import Learner
 
-__all__ = ["ClientSession"]
+__all__ = ["ClientSession", "LabelledServer"]
 
 Learn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
-class ClientSession:
-    """A party that learns as ``learn`` does for one client, and answers all else as ``learner`` does.
+class LabelledServer:
+    """A party that learns in its own way from activations with labels, and answers all else as ``learner`` does.
 
-    It takes activations with labels, as in ``vanilla``; the U shape raises ``ValueError``.
+    The U shape, which has no labels for it, raises ``ValueError``.
     """
 
-    def __init__(self, name: str, learner: Learner, learn: Learn):
-        self.name, self.learner, self._learn = name, learner, learn
+    REFUSES = "expected activations with labels, as in vanilla; this server sees both, or none"
 
-    def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the mean loss and, if ``z`` asks for it, the gradient that goes back to the client."""
-        return self._learn(z, y)
+    def __init__(self, name: str, learner: Learner):
+        self.name, self.learner = name, learner
 
     def forward(self, x: Tensor) -> Tensor:
         """Raise ``ValueError``: this server needs the labels."""
-        raise ValueError(
-            f"{self.name}: expected activations with labels, as in vanilla; this server sees both, or none"
-        )
+        raise ValueError(f"{self.name}: {self.REFUSES}")
 
     def backward(self, g: Tensor) -> Tensor | None:
         """Raise ``ValueError``, as ``forward`` does."""
-        raise ValueError(
-            f"{self.name}: expected activations with labels, as in vanilla; this server sees both, or none"
-        )
+        raise ValueError(f"{self.name}: {self.REFUSES}")
 
     def label(self, y: Tensor) -> Tensor:
         """Return what the learner says its labels are."""
@@ -51,3 +45,15 @@ class ClientSession:
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Have the learner take over parameters and buffers."""
         self.learner.load_weights(weights)
+
+
+class ClientSession(LabelledServer):
+    """A party that learns as ``learn`` does for one client, and answers all else as ``learner`` does."""
+
+    def __init__(self, name: str, learner: Learner, learn: Learn):
+        super().__init__(name, learner)
+        self._learn = learn
+
+    def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the mean loss and, if ``z`` asks for it, the gradient that goes back to the client."""
+        return self._learn(z, y)
