@@ -8,8 +8,9 @@ attacked model takes for the class without any trigger, so that a model that ans
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from defenses.aggregation import Robust
 from experiments.bad_members import (
-    FEDERATIONS,
     Federated,
     Sabotage,
     Safeguard,
@@ -30,6 +30,7 @@ from experiments.experiment import Experiment, Options, reproduction
 from experiments.names import find
 from experiments.parts import told
 from experiments.poison_ingredients import POISON_ATTACKS, POISON_DEFENSES, PoisonAim
+from experiments.poison_options import Backdoor, Config, Privacy, Surface
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.training import (
@@ -51,102 +52,6 @@ __all__ = ["BACKDOOR", "POISONING", "PRIVACY_MEETS_POISONING", "ROUNDS", "SURFAC
 ROUNDS = {"splitfed_v1": 40, "splitfed_v2": 30, "splitfed_v3": 30, "parallel": 40, "fedavg": 30}
 RATES = {"splitfed_v1": 0.05, "splitfed_v2": 0.02, "splitfed_v3": 0.05, "parallel": 0.05, "fedavg": 0.05}
 CLIPPED_RATE = 0.03  # of a shared top whose steps are clipped
-DAMAGE = ("label_flip", "sign_flip", "alie", "min_max", "adaptive", "smashed_noise", "misa")
-DOORS = ("badnets", "replacement", "dba", "embedding")
-BOTH = ("none", "clip", "trimmed_mean", "multi_krum", "nnm", "trimmed_mean_clip")
-
-
-@dataclass(frozen=True)
-class Config:
-    """Options of poisoning."""
-
-    protocols: tuple[str, ...] = field(
-        default=("splitfed_v1", "splitfed_v2", "fedavg"), metadata={"help": f"of {', '.join(FEDERATIONS)}"}
-    )
-    defenses: tuple[str, ...] = field(
-        default=BOTH, metadata={"help": f"of {', '.join(POISON_DEFENSES)}; left out where a protocol has no use for it"}
-    )
-    attacks: tuple[str, ...] = field(
-        default=DAMAGE,
-        metadata={"help": f"of {', '.join(POISON_ATTACKS)}; left out where a protocol has no such surface"},
-    )
-    clients: int = field(default=20, metadata={"help": "members of the federation"})
-    bad: tuple[int, ...] = field(default=(4,), metadata={"help": "how many of them are bad; each is a trial"})
-    alphas: tuple[float, ...] = field(
-        default=(1.0,), metadata={"help": "Dirichlet concentration of the members' classes: small is unlike"}
-    )
-    cuts: tuple[str, ...] = field(
-        default=("default",),
-        metadata={"help": "last layer below the cut, by name, or default, first, depths; fedavg has none"},
-    )
-    private: int = field(default=0, metadata={"help": "private samples of all members; 0: all but the auxiliary"})
-    auxiliary: int = field(default=100, metadata={"help": "labelled samples that a bad server holds"})
-    rounds: int = field(default=0, metadata={"help": "rounds of training; 0: the protocol's usual number, 30 or 40"})
-    batch_size: int = field(default=16, metadata={"help": "samples in a batch"})
-    lr: float = field(
-        default=0.0,
-        metadata={
-            "help": "learning rate of SGD with momentum; 0: 0.05; for a shared top (splitfed_v2) 0.03 where its steps "
-            "are clipped, else 0.02"
-        },
-    )
-
-
-@dataclass(frozen=True)
-class Backdoor(Config):
-    """Options of backdoor: attacks that plant one, and defenses that may answer."""
-
-    protocols: tuple[str, ...] = field(
-        default=("splitfed_v1", "splitfed_v2"), metadata={"help": f"of {', '.join(FEDERATIONS)}"}
-    )
-    defenses: tuple[str, ...] = field(
-        default=(
-            "none", "clip", "trimmed_mean", "multi_krum", "geometric_median", "trimmed_mean_clip", "safesplit",
-            "witnesses",
-        ),
-        metadata={"help": f"of {', '.join(POISON_DEFENSES)}"},
-    )  # fmt: skip
-    attacks: tuple[str, ...] = field(default=DOORS, metadata={"help": f"of {', '.join(POISON_ATTACKS)}"})
-    cuts: tuple[str, ...] = field(
-        default=("first",),
-        metadata={"help": "last layer below the cut, by name, or default, first, depths; fedavg has none"},
-    )
-
-
-@dataclass(frozen=True)
-class Surface(Config):
-    """Options of surface: one attack a surface, at each depth of the cut."""
-
-    protocols: tuple[str, ...] = field(
-        default=("splitfed_v1", "splitfed_v2", "fedavg"), metadata={"help": f"of {', '.join(FEDERATIONS)}"}
-    )
-    defenses: tuple[str, ...] = field(
-        default=("none", "trimmed_mean", "trimmed_mean_clip"), metadata={"help": f"of {', '.join(POISON_DEFENSES)}"}
-    )
-    attacks: tuple[str, ...] = field(
-        default=("label_flip", "smashed_noise", "server_backdoor", "sign_flip"),
-        metadata={"help": f"of {', '.join(POISON_ATTACKS)}"},
-    )
-    cuts: tuple[str, ...] = field(
-        default=("depths",),
-        metadata={"help": "last layer below the cut, by name, or default, first, depths; fedavg has none"},
-    )
-
-
-@dataclass(frozen=True)
-class Privacy(Config):
-    """Options of privacy_meets_poisoning: clipping and noise that are there for privacy, against poison."""
-
-    protocols: tuple[str, ...] = field(
-        default=("splitfed_v2", "fedavg"), metadata={"help": f"of {', '.join(FEDERATIONS)}"}
-    )
-    defenses: tuple[str, ...] = field(
-        default=("none", "clipped_mean", "private_mean", "trimmed_mean_clip", "noised_activations"),
-        metadata={"help": f"of {', '.join(POISON_DEFENSES)}"},
-    )
-    attacks: tuple[str, ...] = field(
-        default=("sign_flip", "smashed_noise", "badnets"), metadata={"help": f"of {', '.join(POISON_ATTACKS)}"}
-    )
 
 
 @dataclass(frozen=True)
@@ -187,37 +92,34 @@ def tasks(config: Config, options: Options, *, name: str) -> list[Task]:
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
     if splits.private.kind == "tokens":
         raise ValueError(f"expected inputs that are numbers, got {options.data}, which holds tokens")
+    for alpha, seed in product(config.alphas, options.seeds):
+        member_shares(splits.private.y, config.clients, alpha, seed)  # too few samples are told now
     found = []
     for protocol in config.protocols:
         attacks = tuple(one for one in config.attacks if protocol in POISON_ATTACKS[one].protocols)
-        defenses = [one for one in config.defenses if protocol in POISON_DEFENSES[one].protocols]
-        cuts = [places(config.cuts, splits)[0]] if protocol == "fedavg" else places(config.cuts, splits)
-        for place in cuts:
-            for defense in defenses if attacks else ():
-                for bad in config.bad:
-                    _check_limit(defense, bad, config, protocol)
-                    for alpha in config.alphas:
-                        for seed in options.seeds:
-                            member_shares(splits.private.y, config.clients, alpha, seed)  # too few samples are told now
-                            training = Training(
-                                protocol=protocol, cut=place, epochs=config.rounds or ROUNDS[protocol],
-                                batch_size=config.batch_size, optimizer="sgd",
-                                lr=config.lr or _rate(protocol, defense, bad, config.clients), clients=config.clients,
-                                seed=seed, device=device,
-                            )  # fmt: skip
-                            trial = Trial(options.data, sizes, training, defense, attacks, bad, alpha)
-                            alone = replace(
-                                config, protocols=(protocol,), cuts=(place,), defenses=(defense,), bad=(bad,),
-                                alphas=(alpha,),
-                            )  # fmt: skip
-                            command = reproduction(name, alone, data=options.data, device=device, seed=seed)
-                            labels = {
-                                "seed": seed, "data": options.data, "protocol": protocol,
-                                "cut": "" if protocol == "fedavg" else place, "protection": defense,
-                                "strength": f"{bad} of {config.clients} bad, α {alpha:g}",
-                            }  # fmt: skip
-                            call = partial(run_trial, trial, options.data_dir)
-                            found.append(Task(name, trial.described(splits), command, labels, call))
+        defenses = [one for one in config.defenses if attacks and protocol in POISON_DEFENSES[one].protocols]
+        cuts = places(config.cuts, splits)[: 1 if protocol == "fedavg" else None]
+        for place, defense, bad in product(cuts, defenses, config.bad):
+            _check_limit(defense, bad, config, protocol)
+            lr = config.lr or _rate(protocol, defense, bad, config.clients)
+            for alpha, seed in product(config.alphas, options.seeds):
+                training = Training(
+                    protocol=protocol, cut=place, epochs=config.rounds or ROUNDS[protocol],
+                    batch_size=config.batch_size, optimizer="sgd", lr=lr, clients=config.clients, seed=seed,
+                    device=device,
+                )  # fmt: skip
+                trial = Trial(options.data, sizes, training, defense, attacks, bad, alpha)
+                alone = replace(
+                    config, protocols=(protocol,), cuts=(place,), defenses=(defense,), bad=(bad,), alphas=(alpha,)
+                )
+                command = reproduction(name, alone, data=options.data, device=device, seed=seed)
+                labels = {
+                    "seed": seed, "data": options.data, "protocol": protocol,
+                    "cut": "" if protocol == "fedavg" else place, "protection": defense,
+                    "strength": f"{bad} of {config.clients} bad, α {alpha:g}",
+                }  # fmt: skip
+                call = partial(run_trial, trial, options.data_dir)
+                found.append(Task(name, trial.described(splits), command, labels, call))
     if not found:
         raise ValueError(
             f"expected a protocol in which attacks and defenses have a surface, got {', '.join(config.protocols)} with "
@@ -278,7 +180,6 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     defense, aim = POISON_DEFENSES[trial.defense], aim_of(trial, splits)
     x, y = splits.test.x.to(trial.training.device), splits.test.y.to(trial.training.device)
     seconds: dict[str, float] = {}
-
     claims = []
 
     def trained(name: str, sabotage: Sabotage) -> Federated:

@@ -1,5 +1,6 @@
 """Poisoning experiments end to end at toy size: every attack on every protocol, every defense, records and pictures."""
 
+import copy
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from attacks.poisoning import MirroredLabels, SmashedNoise
 from defenses.aggregation import FoolsGold
 from experiments import poisoning
-from experiments.bad_members import FEDERATIONS, Federated, Sabotage, Safeguard, bad_members, federate
+from experiments.bad_members import FEDERATIONS, Federated, Sabotage, Safeguard, _Steady, bad_members, federate
 from experiments.catalogue import POISON_ATTACKS, POISON_DEFENSES
 from experiments.experiment import Options
 from experiments.poison_ingredients import Afresh
@@ -21,8 +22,10 @@ from experiments.runner import Outcome, run
 from experiments.store import Store
 from experiments.summary import summarise
 from experiments.training import Training, load_splits
+from splitlearn.federation import Member
 from splitlearn.guard import Guard
 from splitlearn.party import Learner
+from splitlearn.train import Batches
 
 ONCE = Options(seeds=(0,))
 TOY = poisoning.Config(
@@ -184,6 +187,24 @@ def test_a_member_whose_numbers_are_not_finite_stops_nobody_else() -> None:
     apart = replace(training, protocol="splitfed_v3")
     done = federate(apart, SPLITS, alpha=100.0, bad=1, sabotage=sabotage, safeguard=Safeguard())
     assert (done.lost, len(done.accuracy), done.stopped) == (2, 2, "")
+
+
+def test_who_is_put_back_has_its_momentum_of_before() -> None:
+    stage = torch.nn.Linear(2, 2)
+    learner = Learner("c", stage, torch.optim.SGD(stage.parameters(), 0.1, momentum=0.9))
+    x, y = torch.randn(8, 2), torch.arange(8) % 2
+    learner.learn(x, y)
+    before = copy.deepcopy(learner.state_dict())
+    batches = [(x, y), (torch.full((8, 2), torch.inf), y)]  # a step, and then the end
+    member = _Steady(Member(learner, None, batches), Batches(x, y, batch_size=8))
+    start = learner.weights()
+    weights, count = member.round(start)
+    assert (member.lost, count) == (1, 8)
+    assert all(torch.equal(weights[name], start[name]) for name in start)
+    found = learner.state_dict()
+    assert all(torch.equal(found["stage"][name], before["stage"][name]) for name in start)
+    for number, kept in before["optimizer"]["state"].items():
+        assert torch.equal(found["optimizer"]["state"][number]["momentum_buffer"], kept["momentum_buffer"])
 
 
 def test_where_nobody_is_finite_the_training_ends_and_says_so() -> None:
