@@ -13,9 +13,20 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from attacks.poisoning import Colluding, UpdateAttack
+from attacks.poisoning import Colluding, EdgeCases, UpdateAttack
 from defenses.aggregation import Robust
-from defenses.poisoning import ClippedSteps, PerClientServer, SafeSplitServer, WitnessedServer, batch_sizes
+from defenses.poisoning import (
+    ClippedSteps,
+    FilteredServer,
+    NeuralCleanse,
+    PerClientServer,
+    Rates,
+    SafeSplitServer,
+    WitnessedServer,
+    batch_sizes,
+    rates,
+)
+from experiments.rooted import rooted
 from experiments.setups import counted
 from experiments.training import Training, build_model, optimizer_for
 from privacy.dp import Account
@@ -47,10 +58,10 @@ Step = tuple[Tensor, Tensor]
 
 
 class Seats(Protocol):
-    """Makes what takes the shared top's place, with a session for each name: a frozen set of settings."""
+    """Makes what takes the top's place, with a session for each member: a frozen set of settings."""
 
-    def __call__(self, top: Learner, names: Sequence[str], batches: int) -> Any:
-        """Return it, for so many batches a round of all members together."""
+    def __call__(self, top: Learner, learners: Mapping[str, Learner], batches: int) -> Any:
+        """Return it, given whom each member's batches train (the one top, or copies), and all batches of a round."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,8 @@ class Sabotage:
 
     ``data(n)`` is what the n-th of them does to its samples before training, ``guard(n)`` sits on its learner,
     ``updates`` replaces what all of them send to the fed server, ``server`` takes the main server's place with labelled
-    samples of its own. A backdoor is tested by ``trigger`` on inputs or on activations, on which ``target`` is meant.
+    samples of its own. A backdoor is tested by ``trigger`` on inputs or on activations, on which ``target`` is meant;
+    one without a trigger on the test set's ``tail``.
     """
 
     data: Callable[[int], Callable[[Tensor, Tensor], Step]] | None = None
@@ -69,14 +81,16 @@ class Sabotage:
     trigger: Callable[[Tensor], Tensor] | None = None
     on_activations: bool = False
     target: int = 0
+    tail: EdgeCases | None = None
 
 
 @dataclass(frozen=True)
 class Safeguard:
     """What honest servers do about bad members; by default nothing. Made for one training.
 
-    ``bottoms`` and ``tops`` aggregate, ``clip`` bounds each step of the top, ``step`` is a rule on the clients'
-    gradients of the top (parallel), ``seats`` take the shared top's place (V2).
+    ``bottoms`` and ``tops`` aggregate, or with ``root`` FLTrust does in their place, by the auxiliary samples; ``clip``
+    bounds each step of the top, ``step`` is a rule on the clients' gradients of the top (parallel), ``seats`` take the
+    top's place (V1, V2), ``inspect`` looks for a backdoor in the joined model after training.
     """
 
     bottoms: Aggregator = mean
@@ -86,6 +100,8 @@ class Safeguard:
     seats: Seats | None = None
     noise: Callable[[], Guard] | None = None  # what every honest member does to its activations
     account: Account | None = None  # of an average that is private
+    root: bool = False
+    inspect: NeuralCleanse | None = None
 
 
 @dataclass
@@ -100,6 +116,9 @@ class Federated:
     accuracy: list[float] = field(default_factory=list)
     out: list[list[int]] = field(default_factory=list)  # by round, who had no part in the result, where a rule says
     lost: int = 0  # times that a member's numbers were not finite
+    skipped: int = 0  # steps of the top left out, their gradient not being finite
+    suspects: Tensor | None = None  # classes [C] whose trigger stands out in the joined model, where one looked
+    flagged: Rates | None = None  # a filter's, on samples as members would send them after training
     stopped: str = ""  # why it ended early
 
     def logits(self, x: Tensor, trigger: Callable[[Tensor], Tensor] | None = None, *, inner: bool = False) -> Tensor:
@@ -126,7 +145,7 @@ def federate(
     so. A bad main server does not defend itself: of the safeguard only the fed server's part is left.
     """
     if sabotage.server is not None:
-        safeguard = replace(safeguard, tops=mean, clip=None, step=None, seats=None)
+        safeguard = replace(safeguard, tops=mean, clip=None, step=None, seats=None, inspect=None)
     whole = training.protocol == "fedavg"
     model = build_model(splits, seed=training.seed).to(training.device)
     below, above = (model, nn.Sequential()) if whole else cut(model, training.cut)
@@ -139,12 +158,19 @@ def federate(
     ]
     bottom = Learner("bottom", copy.deepcopy(below))
     if whole:
+        if safeguard.root:
+            safeguard = replace(safeguard, bottoms=rooted([bottom], training, splits.auxiliary)[0])
         members = [_Steady(Member(one, None, own), own) for one, own in zip(clients, shares, strict=True)]
         watch = _Watched(_colluding(safeguard.bottoms, sabotage, liars))
         result = Federated(None, bottom, liars, training.clients)
         _rounds(training, splits, result, lambda: fedavg_round(members, bottom, aggregate=watch), members, watch)
+        if safeguard.inspect is not None:
+            result.suspects = _suspects(safeguard.inspect, [bottom], splits, training)
         return result
     top = Learner("server", above, _optimizer(above, training, safeguard), seed=training.seed * 1000)
+    if safeguard.root:
+        bottoms, tops = rooted([bottom, top], training, splits.auxiliary)
+        safeguard = replace(safeguard, bottoms=bottoms, tops=tops if sabotage.server is None else mean)
     apart = training.protocol in ("splitfed_v1", "splitfed_v3")
     replicas = {name: top.replica(name) for name in names} if apart else {}
     sessions, answering = _sessions(top, names, replicas, sabotage, safeguard, shares, training, splits)
@@ -168,7 +194,15 @@ def federate(
         "parallel": lambda: parallel_round(clients, lines[names[0]], shares, bottom=bottom, aggregate=watch),
     }
     _rounds(training, splits, result, one[training.protocol], members, watch)
+    if safeguard.inspect is not None:
+        result.suspects = _suspects(safeguard.inspect, [cast(Learner, result.bottom), top], splits, training)
     result.nbytes = counted(meters)
+    optimizers = [learner.optimizer for learner in (replicas.values() if replicas else [top])]
+    result.skipped = sum(one.skipped for one in optimizers if isinstance(one, ClippedSteps))
+    if isinstance(answering, FilteredServer):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(training.seed)
+            result.flagged = _flagged(answering, bottom, shares, training, splits, alpha, liars, sabotage)
     return result
 
 
@@ -180,8 +214,7 @@ def _rounds(
     for number in range(training.epochs):
         try:
             one()
-            if isinstance(result.top, SafeSplitServer):
-                result.top.end_turn()
+            _end_round(result, members)
         except ValueError as error:
             if not DIVERGED.search(str(error)):
                 raise
@@ -190,13 +223,25 @@ def _rounds(
         if all(member.lost > number for member in members):
             result.stopped = f"stopped in round {number + 1}: no member's numbers are finite"
             break
-        if watch.out is not None:
+        if watch.out is not None and not isinstance(result.top, SafeSplitServer):
             result.out.append(watch.out)
         result.accuracy.append((answers(result.logits(x)) == y).double().mean().item())
     if isinstance(result.top, WitnessedServer):
         doubted = result.top.doubted()
         result.out = [[place for place, one in enumerate(members) if doubted[one.name] > result.top.tolerance]]
+    if isinstance(result.top, FilteredServer):
+        result.out = [[place for place, one in enumerate(members) if one.name in out] for out in result.top.left_out]
     result.lost = sum(member.lost for member in members)
+
+
+def _end_round(result: Federated, members: Sequence["_Steady"]) -> None:
+    """Tell whoever takes the top's place that a round is over; whose turn was rolled back had no part in it."""
+    if isinstance(result.top, FilteredServer):
+        result.top.end_round()
+    if isinstance(result.top, SafeSplitServer):
+        result.top.end_turn()
+        rolled, result.top.rolled_back = result.top.rolled_back, []
+        result.out.append([place for place, one in enumerate(members) if one.name in rolled])
 
 
 class _Steady:
@@ -265,8 +310,8 @@ def _sessions(
     if training.protocol == "parallel" and safeguard.step is not None:
         sizes = [batch_sizes(len(own.x), own.batch_size) for own in shares]
         return dict.fromkeys(names, PerClientServer(top, safeguard.step, sizes)), top
-    if safeguard.seats is not None and not replicas and training.protocol == "splitfed_v2":
-        seats = safeguard.seats(top, names, sum(map(len, shares)))
+    if safeguard.seats is not None and training.protocol in ("splitfed_v1", "splitfed_v2"):
+        seats = safeguard.seats(top, replicas or dict.fromkeys(names, top), sum(map(len, shares)))
         return {name: seats.session(name) for name in names}, seats
     return (dict(replicas) if replicas else {name: top.session(name) for name in names}), top
 
@@ -288,6 +333,38 @@ def _shares(
         seed = training.seed * 1000 + place
         found.append(Batches(own_x, own_y, batch_size=training.batch_size, seed=seed))
     return found
+
+
+def _suspects(inspect: NeuralCleanse, parts: Sequence[Learner], splits: Splits, training: Training) -> Tensor:
+    """Return the classes [C] whose smallest trigger on the auxiliary inputs is an outlier in the joined model."""
+    model = nn.Sequential(*(copy.deepcopy(part.stage) for part in parts)).eval().requires_grad_(False)
+    x = splits.auxiliary.x.to(training.device)
+    return inspect(model, x, splits.auxiliary.num_classes).flagged.cpu()
+
+
+def _flagged(
+    server: FilteredServer, bottom: Learner, shares: Sequence[Batches], training: Training, splits: Splits,
+    alpha: float, liars: Sequence[int], sabotage: Sabotage,
+) -> Rates:  # fmt: skip
+    """Return how right the server's filter is on samples as members would send them in the next round.
+
+    Poisoned is a sample whose input or label is not what it was, or of which a bad member's guard lies: the first
+    ``share`` of each batch.
+    """
+    sent = []
+    honest = _shares(training, splits, alpha, liars, Sabotage())
+    for place, (own, was) in enumerate(zip(shares, honest, strict=True)):
+        guard = sabotage.guard(liars.index(place)) if place in liars and sabotage.guard is not None else None
+        for rows in torch.arange(len(own.x)).split(training.batch_size):
+            x, y = own.x[rows].to(training.device), own.y[rows].to(training.device)
+            z = bottom.predict(x)
+            lied = (own.x[rows] != was.x[rows]).flatten(1).any(1) | (own.y[rows] != was.y[rows])
+            if guard is not None:
+                z, y = guard.activation(z), guard.label(y)
+                lied = lied | (torch.arange(len(rows)) < int(getattr(guard, "share", 1.0) * len(rows) + 0.5))
+            sent.append((z, y, lied))
+    z, y, lied = (torch.cat(parts) for parts in zip(*sent, strict=True))
+    return rates(server.verdict(z, y), lied)
 
 
 def _guard(place: int, liars: Sequence[int], sabotage: Sabotage, safeguard: Safeguard) -> Guard | None:

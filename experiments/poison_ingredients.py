@@ -1,8 +1,8 @@
 """Names become poisoning attacks and defenses against them here, and only here, one line each."""
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from attacks.poisoning import (
     ALIE,
     Adaptive,
     Backdoor,
+    EdgeCases,
     EmbeddingBackdoor,
     InnerProduct,
     Mimic,
@@ -47,7 +48,16 @@ from defenses.aggregation import (
     TrimmedMean,
 )
 from defenses.noise import GaussianNoise
-from defenses.poisoning import SafeSplitServer, WitnessedServer
+from defenses.poisoning import (
+    ActivationClustering,
+    FilteredServer,
+    NeighbourGraph,
+    NeuralCleanse,
+    SafeSplitServer,
+    SpectralSignatures,
+    Suspects,
+    WitnessedServer,
+)
 from experiments.bad_members import FEDERATIONS, Sabotage, Safeguard
 from privacy.dp import Budget, PrivateMean
 from splitlearn.party import Learner
@@ -116,6 +126,7 @@ class PoisonDefense:
     protocols: tuple[str, ...] = FEDERATIONS
     least_members: int = 2
     least_rounds: int = 1
+    images: bool = False  # whether inputs must be images
 
 
 def flipping(kind: Callable[[int], Callable]) -> Callable[[PoisonAim], Sabotage]:
@@ -134,6 +145,26 @@ def dealt(aim: PoisonAim) -> Sabotage:
     return Sabotage(
         data=lambda number: parts[number % len(parts)], trigger=aim.backdoor.triggered, updates=ModelReplacement()
     )
+
+
+@dataclass(frozen=True)
+class Tails:
+    """Edge cases of who has any samples of their class; who has none, trains as it should."""
+
+    cases: EdgeCases
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the samples, the tail mislabelled."""
+        return self.cases(x, y) if bool((y == self.cases.source).any()) else (x, y)
+
+
+def tailed(aim: PoisonAim) -> Sabotage:
+    """Return half of the last class, its least typical, sent as class 0; boosted. Tested on the tail of others'."""
+    source = aim.classes - 1
+    return Sabotage(
+        data=lambda number: Tails(EdgeCases(source=source, target=0, share=0.5)), updates=ModelReplacement(),
+        target=0, tail=EdgeCases(source=source, target=0, share=0.25),
+    )  # fmt: skip
 
 
 def embedded(aim: PoisonAim) -> Sabotage:
@@ -241,6 +272,10 @@ POISON_ATTACKS: dict[str, PoisonAttack] = {
     "dba": PoisonAttack(
         "the patch in parts, one a bad member (DBA, Xie et al. 2020)", "weights", dealt, "backdoor", FED
     ),
+    "edge_cases": PoisonAttack(
+        "the least typical of one class sent as class 0, and updates scaled up (Wang et al. 2020)", "weights", tailed,
+        "backdoor", FED,
+    ),
     "embedding": PoisonAttack(
         "a trigger on activations, sent as class 0", "activations", embedded, "backdoor", SPLIT
     ),
@@ -297,10 +332,15 @@ class Witnesses:
     tolerance: float = 0.2
     rounds: int = WARM_UP
 
-    def __call__(self, top: Learner, names: Sequence[str], batches: int) -> WitnessedServer:
+    def __call__(self, top: Learner, learners: Mapping[str, Learner], batches: int) -> WitnessedServer:
         """Return the server."""
         return WitnessedServer(
-            top, names, groups=self.groups, floor=self.floor, tolerance=self.tolerance, warm_up=self.rounds * batches
+            top,
+            list(learners),
+            groups=self.groups,
+            floor=self.floor,
+            tolerance=self.tolerance,
+            warm_up=self.rounds * batches,
         )
 
 
@@ -311,9 +351,38 @@ class Rollbacks:
     window: int = 9
     low: float = 0.25
 
-    def __call__(self, top: Learner, names: Sequence[str], batches: int) -> SafeSplitServer:
+    def __call__(self, top: Learner, learners: Mapping[str, Learner], batches: int) -> SafeSplitServer:
         """Return the server."""
         return SafeSplitServer(top, window=self.window, low=self.low)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Seats of a server that leaves out members of whose samples a filter flags too many."""
+
+    suspect: Callable[[Tensor, Tensor], Suspects]
+    deep: bool = True
+    most: float = 0.25
+    rounds: int = WARM_UP
+
+    def __call__(self, top: Learner, learners: Mapping[str, Learner], batches: int) -> FilteredServer:
+        """Return the server."""
+        return FilteredServer(top, learners, self.suspect, most=self.most, warm_up=self.rounds, deep=self.deep)
+
+
+def filtering(
+    summary: str, suspect: Callable[[int, int], Callable[[Tensor, Tensor], Suspects]], *, deep: bool = True
+) -> PoisonDefense:
+    """Return the entry of a filter on activations, beside trimmed means and clipped steps."""
+
+    def build(bad: int, members: int) -> Safeguard:
+        bottoms, tops = Robust(TrimmedMean(bad)), Robust(TrimmedMean(bad))
+        return Safeguard(bottoms, tops, CLIP, seats=Filters(suspect(bad, members), deep))
+
+    return PoisonDefense(
+        f"members left out whose samples {summary}; trimmed means, clipped steps", build, trimmed,
+        ("splitfed_v1", "splitfed_v2"), least_rounds=WARM_UP + 1,
+    )  # fmt: skip
 
 
 POISON_DEFENSES: dict[str, PoisonDefense] = {
@@ -331,6 +400,10 @@ POISON_DEFENSES: dict[str, PoisonDefense] = {
     "nnm": ruled(
         "trimmed mean after mixing each update with its nearest (Allouah et al. 2023)",
         lambda bad, _: Mixed(NNM(bad), TrimmedMean(bad)),
+    ),
+    "fltrust": PoisonDefense(
+        "members count as they agree with the server's own update on auxiliary samples (FLTrust, 2021)",
+        lambda bad, members: Safeguard(root=True), protocols=("splitfed_v1", "splitfed_v2", "fedavg"),
     ),
     "clip": PoisonDefense(
         "steps of the top clipped, bottoms by the mean", lambda bad, members: Safeguard(clip=CLIP), protocols=SPLIT
@@ -356,5 +429,21 @@ POISON_DEFENSES: dict[str, PoisonDefense] = {
         "the shared top learns what tops of other clients find likely, in clipped steps; medians of bottoms (ours)",
         lambda bad, members: Safeguard(Robust(Median()), clip=CLIP, seats=Witnesses()), lambda *_: Median(),
         ("splitfed_v2",), least_members=Witnesses.groups, least_rounds=WARM_UP + 1,
+    ),
+    "clustering": filtering(
+        "are the smaller of two clusters of a class (activation clustering, 2018)", lambda *_: ActivationClustering()
+    ),
+    "spectral": filtering(
+        "stand out along a class's first singular direction (spectral signatures, 2018)",
+        lambda bad, members: SpectralSignatures(min(bad / members, 0.6)),
+    ),
+    "graph": filtering(
+        "have other labels around them (mutual neighbours, after HealSplit 2025)", lambda *_: NeighbourGraph(),
+        deep=False,
+    ),
+    "cleanse": PoisonDefense(
+        "trimmed means, clipped steps; the joined model searched for a trigger (Neural Cleanse, 2019): only told",
+        lambda bad, members: replace(by(trimmed, CLIP)(bad, members), inspect=NeuralCleanse()), trimmed,
+        images=True,
     ),
 }  # fmt: skip

@@ -56,7 +56,7 @@ class Backdoor(Config):
     defenses: tuple[str, ...] = field(
         default=(
             "none", "clip", "trimmed_mean", "multi_krum", "geometric_median", "trimmed_mean_clip", "safesplit",
-            "witnesses",
+            "graph", "witnesses",
         ),
         metadata=DEFENSES,
     )  # fmt: skip

@@ -19,6 +19,12 @@ __all__ = ["backdoors", "poison_table", "poisonings"]
 
 FAMILIES = {"accuracy": "poisoning", "success": "backdoor"}
 WORST = {"accuracy": min, "success": max}
+NONE = "—"
+TOLD = {
+    "success": "success", "out_of_bad": "bad shut out", "out_of_honest": "honest shut out",
+    "flagged_poison": "poison flagged", "flagged_honest": "honest flagged", "flagged_target": "trigger's class flagged",
+    "flagged_others": "other classes flagged",
+}  # fmt: skip
 
 
 def poisonings(records: Sequence[Record], path: Path) -> Path | None:
@@ -99,10 +105,8 @@ def poison_table(points: Sequence[Point]) -> Table | None:
                     str(leaks[0].details.get("surface", "")),
                     _seeds([leak.baselines["accuracy_unattacked"] for leak in leaks]),
                     _seeds([leak.metrics["accuracy"] for leak in leaks]),
-                    _seeds([leak.metrics["success"] for leak in leaks if "success" in leak.metrics]),
                     _seeds([leak.baselines["success_untriggered"] for leak in leaks if "success" in leak.metrics]),
-                    _seeds([leak.metrics["out_of_bad"] for leak in leaks if "out_of_bad" in leak.metrics]),
-                    _seeds([leak.metrics["out_of_honest"] for leak in leaks if "out_of_honest" in leak.metrics]),
+                    *(_seeds([leak.metrics[one] for leak in leaks if one in leak.metrics]) for one in TOLD),
                     str(sum(int(leak.details.get("not_finite", 0)) for leak in leaks)),
                 )
             )  # fmt: skip
@@ -110,13 +114,19 @@ def poison_table(points: Sequence[Point]) -> Table | None:
         "Each attack on each defense, a figure a seed. Success, and without trigger: the share of samples of other "
         "classes that are taken for the trigger's, with it and without; of a model that collapsed both may be high. "
         "Shut out: the share of rounds in which an update had no part in the result, of bad and of honest members, "
-        "where the rule says so (witnesses: who is doubted in the end)."
+        "where the rule says so (witnesses: who is doubted in the end; SafeSplit: whose turn was rolled back). "
+        "Flagged: by a filter, the share of poisoned and of honest samples; by Neural Cleanse, the trigger's class and "
+        "others."
     )
     columns = (
-        "setting", "defense", "attack", "surface", "accuracy unattacked", "accuracy", "success", "without trigger",
-        "bad shut out", "honest shut out", "not finite",
+        "setting", "defense", "attack", "surface", "accuracy unattacked", "accuracy", "without trigger",
+        *TOLD.values(), "not finite",
     )  # fmt: skip
-    return Table(caption, columns, tuple(rows), 4)
+    empty = {column for column, told in enumerate(zip(*rows, strict=True)) if set(told) == {NONE}}
+    columns, *shown = (
+        tuple(cell for column, cell in enumerate(row) if column not in empty) for row in (columns, *rows)
+    )
+    return Table(caption, columns, tuple(shown), 4)
 
 
 def _heat(axes: Axes, points: Sequence[Point], metric: str) -> None:
@@ -166,4 +176,4 @@ def _worst(record: Record, metric: str) -> Leakage | None:
 
 
 def _seeds(values: Sequence[float]) -> str:
-    return " ".join(number(value) for value in values) or "—"
+    return " ".join(number(value) for value in values) or NONE

@@ -92,6 +92,9 @@ def tasks(config: Config, options: Options, *, name: str) -> list[Task]:
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
     if splits.private.kind == "tokens":
         raise ValueError(f"expected inputs that are numbers, got {options.data}, which holds tokens")
+    for one in config.defenses:
+        if POISON_DEFENSES[one].images and splits.private.kind != "image":
+            raise ValueError(f"expected images for {one}, got {options.data}; leave it out, or take another --data")
     for alpha, seed in product(config.alphas, options.seeds):
         member_shares(splits.private.y, config.clients, alpha, seed)  # too few samples are told now
     found = []
@@ -205,6 +208,9 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         sabotage = POISON_ATTACKS[name].build(aim)
         done = trained(f"attack_{name}", sabotage)
         leakage.append(_scored(name, sabotage, done, clean, x, y))
+        if clean.suspects is not None and done.suspects is not None:
+            leakage[-1].metrics.update(_flagged(done.suspects, sabotage))
+            leakage[-1].baselines.update(_flagged(clean.suspects, sabotage, "_unattacked"))
         traces[f"accuracy ({name})"] = done.accuracy
         notes += [f"{name}: {done.stopped}"] if done.stopped else []
     parameters = sum(one.numel() for one in _bottom(trial.training, splits).parameters())
@@ -220,15 +226,19 @@ def _scored(name: str, sabotage: Sabotage, done: Federated, clean: Federated, x:
     """Return what one attack did, beside the training that nobody attacked."""
     metrics, unattacked = {"accuracy": _accuracy(done, x, y)}, _accuracy(clean, x, y)
     baselines = {"accuracy_unattacked": unattacked}
-    if sabotage.trigger is not None:
-        trigger, inner, others = sabotage.trigger, sabotage.on_activations, y != sabotage.target
+    if sabotage.trigger is not None or sabotage.tail is not None:
+        others = y != sabotage.target
+        meant = others if sabotage.tail is None else torch.zeros_like(others)
+        if sabotage.tail is not None:
+            meant[sabotage.tail.rows(x, y)] = True
 
-        def success(model: Federated, trigger: Callable[[Tensor], Tensor] | None) -> float:
-            said = answers(model.logits(x, trigger, inner=inner))[others]
+        def success(model: Federated, trigger: Callable[[Tensor], Tensor] | None, on: Tensor) -> float:
+            said = answers(model.logits(x, trigger, inner=sabotage.on_activations))[on]
             return (said == sabotage.target).double().mean().item()
 
-        metrics["success"] = success(done, trigger)
-        baselines |= {"success_unattacked": success(clean, trigger), "success_untriggered": success(done, None)}
+        metrics["success"] = success(done, sabotage.trigger, meant)
+        baselines["success_unattacked"] = success(clean, sabotage.trigger, meant)
+        baselines["success_untriggered"] = success(done, None, others)
         best = max(baselines["success_unattacked"], baselines["success_untriggered"])
         advantage = accuracy_advantage(metrics["success"], best) if best < 1 else 0.0
     else:
@@ -238,14 +248,26 @@ def _scored(name: str, sabotage: Sabotage, done: Federated, clean: Federated, x:
         bad, honest = set(done.bad), done.members - len(done.bad)
         metrics["out_of_bad"] = sum(len(bad & set(one)) for one in done.out) / (len(done.out) * len(bad))
         metrics["out_of_honest"] = sum(len(set(one) - bad) for one in done.out) / (len(done.out) * honest)
+    if done.flagged is not None:
+        found = {"flagged_poison": done.flagged.tpr, "flagged_honest": done.flagged.fpr}
+        metrics |= {what: rate for what, rate in found.items() if rate == rate}  # nan where nobody is poisoned, or all
+    if clean.flagged is not None:
+        baselines["flagged_honest_unattacked"] = clean.flagged.fpr
     details = {
         "best": name, "surface": POISON_ATTACKS[name].surface, "bad": done.bad, "not_finite": done.lost,
-        "stopped": done.stopped,
+        "skipped_steps": done.skipped, "stopped": done.stopped,
     }  # fmt: skip
     return Leakage(
         attack=name, family=POISON_ATTACKS[name].goal, advantage=advantage, metrics=metrics, baselines=baselines,
         details=details,
     )  # fmt: skip
+
+
+def _flagged(classes: Tensor, sabotage: Sabotage, suffix: str = "") -> dict[str, float]:
+    """Return whether the trigger's class is among those flagged [C], and what share of the others is."""
+    others = torch.arange(len(classes)) != (sabotage.target if sabotage.trigger is not None else -1)
+    found = {f"flagged_others{suffix}": classes[others].double().mean().item()}
+    return found if bool(others.all()) else {f"flagged_target{suffix}": float(classes[sabotage.target]), **found}
 
 
 def _accuracy(model: Federated, x: Tensor, y: Tensor) -> float:

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from attacks.poisoning import MirroredLabels, SmashedNoise
+from attacks.poisoning import EdgeCases, MirroredLabels, SmashedNoise
 from defenses.aggregation import FoolsGold
 from experiments import poisoning
 from experiments.bad_members import FEDERATIONS, Federated, Sabotage, Safeguard, _Steady, bad_members, federate
 from experiments.catalogue import POISON_ATTACKS, POISON_DEFENSES
 from experiments.experiment import Options
-from experiments.poison_ingredients import Afresh
+from experiments.poison_ingredients import Afresh, Tails
 from experiments.poison_plot import poison_table
 from experiments.poisoning import _scored
 from experiments.report import build
+from experiments.rooted import rooted
 from experiments.runner import Outcome, run
 from experiments.store import Store
 from experiments.summary import summarise
@@ -140,6 +141,67 @@ def test_a_model_that_answers_one_class_is_no_success_of_a_backdoor() -> None:
     assert leak.advantage == 0.0
     leak = _scored("badnets", sabotage, broken, clean, torch.rand(10, 3), y)
     assert leak.metrics == {"accuracy": 0.0, "success": 0.0}
+
+
+def test_edge_cases_are_scored_on_the_tail_of_their_class() -> None:
+    class First:
+        def predict(self, x: torch.Tensor) -> torch.Tensor:  # class 0 where the input is large
+            return torch.stack([x[:, 0], torch.full_like(x[:, 0], 5.0)], 1)
+
+    cases = EdgeCases(source=1, target=0, share=0.25)
+    x, y = torch.tensor([[0.0], [1.0], [1.0], [1.0], [9.0]]), torch.tensor([0, 1, 1, 1, 1])
+    model = Federated(None, First(), [0], 2)
+    leak = _scored("edge_cases", Sabotage(tail=cases), model, model, x, y)
+    assert leak.metrics["success"] == 1.0  # the one of four that is furthest from the mean
+    assert leak.baselines["success_untriggered"] == 0.25
+
+
+def test_who_has_none_of_the_class_trains_as_it_should() -> None:
+    tails, x = Tails(EdgeCases(source=1, target=0, share=0.5)), torch.tensor([[0.0], [4.0]])
+    assert tails(x, torch.tensor([2, 2]))[1].tolist() == [2, 2]
+    assert tails(x, torch.tensor([1, 2]))[1].tolist() == [0, 2]
+
+
+def test_the_servers_own_update_is_one_pass_from_the_start_and_moves_nothing_else() -> None:
+    torch.manual_seed(0)
+    below, above = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8)), torch.nn.Linear(8, 10)
+    parts = [Learner("bottom", below), Learner("server", above)]
+    root = SPLITS.auxiliary
+    training = Training(batch_size=100, optimizer="sgd", lr=0.1, seed=0)
+    bottoms, tops = rooted(parts, training, root)
+    before = [copy.deepcopy(part.weights()) for part in parts]
+    for aggregate, place in ((bottoms, 0), (tops, 1)):
+        stages = copy.deepcopy([below, above])
+        start = {name: tensor + 0.1 for name, tensor in before[place].items()}
+        stages[place].load_state_dict(start)
+        loss = torch.nn.functional.cross_entropy(stages[1](stages[0](root.x)), root.y)
+        gradients = torch.autograd.grad(loss, list(stages[place].parameters()))
+        alone = {name: start[name] - 0.1 * g for name, g in zip(start, gradients, strict=True)}
+        found = aggregate([alone, {name: 2 * start[name] - alone[name] for name in start}], [1, 1], start)
+        assert all(torch.allclose(found[name], alone[name], atol=1e-6) for name in start)  # the other goes against it
+    for part, was in zip(parts, before, strict=True):
+        assert all(torch.equal(part.weights()[name], was[name]) for name in was)
+
+
+def test_a_filter_says_how_right_it_is_by_sample_and_by_member() -> None:
+    config = replace(
+        TOY, attacks=("label_flip", "smashed_noise"), defenses=("graph",), private=400, rounds=13, bad=(2,)
+    )
+    for leak in outcome_of(config).leakage:
+        assert {"flagged_poison", "flagged_honest", "out_of_bad", "out_of_honest"} <= set(leak.metrics)
+        assert leak.metrics["flagged_poison"] > leak.metrics["flagged_honest"]
+
+
+@pytest.mark.slow
+def test_neural_cleanse_finds_the_triggers_class_of_a_backdoored_model_alone() -> None:
+    config = replace(
+        TOY, attacks=("badnets",), defenses=("cleanse",), clients=20, bad=(4,), private=0, rounds=12, alphas=(1.0,),
+        cuts=("relu1",),
+    )  # fmt: skip
+    (leak,) = outcome_of(config).leakage
+    assert leak.metrics["success"] > 0.8
+    assert (leak.metrics["flagged_target"], leak.metrics["flagged_others"]) == (1.0, 0.0)
+    assert (leak.baselines["flagged_target_unattacked"], leak.baselines["flagged_others_unattacked"]) == (0.0, 0.0)
 
 
 def test_a_bad_server_does_not_defend_itself() -> None:

@@ -14,6 +14,7 @@ from defenses.poisoning import (
     ActivationClustering,
     ClippedGradient,
     ClippedSteps,
+    FilteredServer,
     NeighbourGraph,
     NeuralCleanse,
     PerClientServer,
@@ -811,3 +812,100 @@ def test_neural_cleanse_leaves_out_classes_that_no_trigger_reaches() -> None:
     found = replace(NeuralCleanse(), steps=40)(stubborn, torch.rand(5, 1, 3, 3), 3)
     assert found.norms[2] == inf
     assert not found.flagged[2]
+
+
+# A server that filters clients
+
+
+def suspects_of(label: int) -> Filter:
+    return lambda z, y: Suspects(torch.zeros(len(y)), y == label)
+
+
+def filtered(suspect: Filter, **also: object) -> tuple[FilteredServer, Learner]:
+    stage = top()
+    learner = Learner("server", stage, sgd(stage))
+    clients = dict.fromkeys(["a", "b"], learner)
+    return FilteredServer(learner, clients, suspect, warm_up=1, **also), learner  # type: ignore[arg-type]
+
+
+def test_who_is_flagged_too_often_is_left_out_of_the_next_round_and_judged_anew() -> None:
+    server, learner = filtered(suspects_of(2), most=0.5)
+    (x, _), good, bad = batch(), torch.tensor([0, 1, 0, 1, 0, 2]), torch.tensor([2, 2, 2, 2, 0, 1])
+    for client, y in (("a", good), ("b", bad)):
+        server.session(client).learn(x, y)
+    server.end_round()
+    assert server.left_out == [["b"]]
+    assert server.shares == {"a": pytest.approx(1 / 6), "b": pytest.approx(4 / 6)}
+    before = learner.weights()
+    loss, g = server.session("b").learn(x.clone().requires_grad_(), good)
+    assert isnan(loss)
+    assert g is not None
+    assert not g.any()
+    assert same(learner.weights(), before)
+    _, g = server.session("a").learn(x.clone().requires_grad_(), good)
+    assert g is not None
+    assert g.any()
+    assert not same(learner.weights(), before)
+    server.end_round()
+    assert server.left_out == [["b"], []]  # it sent what it should
+
+
+def test_a_filter_that_flags_nobody_changes_nothing_and_sees_the_last_layers_inputs() -> None:
+    seen: list[Tensor] = []
+
+    def nobody(z: Tensor, y: Tensor) -> Suspects:
+        seen.append(z)
+        return Suspects(torch.zeros(len(y)), torch.zeros(len(y), dtype=torch.bool))
+
+    server, learner = filtered(nobody)
+    stage = top()
+    plain = Learner("server", stage, sgd(stage))
+    for number in range(3):
+        x, y = batch(seed=number)
+        server.session("ab"[number % 2]).learn(x, y)
+        plain.learn(x, y)
+    server.end_round()
+    assert same(learner.weights(), plain.weights())
+    assert seen[0].shape == (18, 8)
+    assert torch.equal(seen[0][:6], stage[:2](batch(seed=0)[0]))  # those of client a come first
+    shallow, _ = filtered(nobody, deep=False)
+    shallow.session("a").learn(*batch())
+    shallow.end_round()
+    assert torch.equal(seen[1], batch()[0])
+
+
+def test_what_is_not_finite_is_flagged_unasked() -> None:
+    server, _ = filtered(suspects_of(9))
+    z, y = batch()
+    z[1] = nan
+    assert server.verdict(z, y).tolist() == [False, True, False, False, False, False]
+    server, _ = filtered(suspects_of(9))
+    assert server.verdict(torch.full_like(z, inf), y).all()
+
+
+def test_a_filtering_server_wants_clients_it_knows() -> None:
+    server, learner = filtered(suspects_of(0))
+    with pytest.raises(LookupError, match="one of the 2 clients"):
+        server.session("c")
+    with pytest.raises(ValueError, match="at least one client"):
+        FilteredServer(learner, {}, suspects_of(0))
+    with pytest.raises(ValueError, match=r"most in \[0, 1\)"):
+        FilteredServer(learner, {"a": learner}, suspects_of(0), most=1.0)
+
+
+@pytest.mark.slow
+def test_a_graph_on_digits_leaves_label_flippers_out_and_nobody_else() -> None:
+    data = load("digits", data_dir=None)
+    x, y = data.x[:600].flatten(1), data.y[:600]
+    stage = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    learner = Learner("server", stage, torch.optim.SGD(stage.parameters(), 0.05, momentum=0.9))
+    names = [f"c{number}" for number in range(6)]
+    server = FilteredServer(learner, dict.fromkeys(names, learner), NeighbourGraph(), warm_up=3, deep=False)
+    for _ in range(6):
+        for number, name in enumerate(names):
+            own = slice(number * 100, number * 100 + 100)
+            labels = 9 - y[own] if number == 0 else y[own]
+            for rows in torch.arange(100).split(20):
+                server.session(name).learn(x[own][rows], labels[rows])
+        server.end_round()
+    assert server.left_out == [["c0"]] * 4

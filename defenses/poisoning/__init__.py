@@ -3,6 +3,7 @@
 from defenses.poisoning.cleanse import Cleansed, NeuralCleanse
 from defenses.poisoning.clipping import ClippedGradient, ClippedSteps
 from defenses.poisoning.clusters import ActivationClustering
+from defenses.poisoning.filtered import FilteredServer
 from defenses.poisoning.graph import NeighbourGraph
 from defenses.poisoning.per_client import PerClientServer, batch_sizes
 from defenses.poisoning.safesplit import SafeSplitServer, safesplit
@@ -11,7 +12,7 @@ from defenses.poisoning.suspects import Rates, Suspects, flagged_shares, rates
 from defenses.poisoning.witnesses import WitnessedServer
 
 __all__ = [
-    "ActivationClustering", "Cleansed", "ClippedGradient", "ClippedSteps", "NeighbourGraph", "NeuralCleanse",
-    "PerClientServer", "Rates", "SafeSplitServer", "SpectralSignatures", "Suspects", "WitnessedServer", "batch_sizes",
-    "flagged_shares", "rates", "safesplit",
+    "ActivationClustering", "Cleansed", "ClippedGradient", "ClippedSteps", "FilteredServer", "NeighbourGraph",
+    "NeuralCleanse", "PerClientServer", "Rates", "SafeSplitServer", "SpectralSignatures", "Suspects",
+    "WitnessedServer", "batch_sizes", "flagged_shares", "rates", "safesplit",
 ]  # fmt: skip

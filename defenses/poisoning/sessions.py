@@ -1,12 +1,13 @@
-"""A server that learns in a way of its own, and one client's side of one that must know whose batch it learns from."""
+"""A server that learns in a way of its own, one client's side of it, and learning from some samples of a batch."""
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from splitlearn import Learner
 
-__all__ = ["ClientSession", "LabelledServer"]
+__all__ = ["ClientSession", "LabelledServer", "finite_rows", "learned_from"]
 
 Learn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
@@ -57,3 +58,19 @@ class ClientSession(LabelledServer):
     def learn(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the mean loss and, if ``z`` asks for it, the gradient that goes back to the client."""
         return self._learn(z, y)
+
+
+def finite_rows(z: Tensor) -> Tensor:
+    """Return which samples of ``z`` [n, …] are finite throughout, bool [n]."""
+    return torch.isfinite(z.detach()).flatten(1).all(1)
+
+
+def learned_from(learner: Learner, z: Tensor, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Have ``learner`` learn from the kept samples alone; return its loss on them (nan for none) and g, else zeros."""
+    back = torch.zeros_like(z, requires_grad=False) if z.requires_grad else None
+    if not kept.any():
+        return torch.full((), float("nan"), device=z.device), back
+    loss, g = learner.learn(z.detach()[kept].requires_grad_(z.requires_grad), y.to(z.device)[kept])
+    if back is not None and g is not None:
+        back[kept] = g.to(back.device)
+    return loss, back

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softmax
 
-from defenses.poisoning.sessions import ClientSession
+from defenses.poisoning.sessions import ClientSession, finite_rows, learned_from
 from splitlearn import Learner
 
 __all__ = ["WitnessedServer"]
@@ -91,7 +91,7 @@ class WitnessedServer:
         0 for a sample whose activation is not finite. Nothing moves.
         """
         self._check_known(client)
-        finite = _finite(z)
+        finite = finite_rows(z)
         found = torch.zeros(len(z), device=z.device)
         if finite.any():
             z, y = z.detach()[finite], y.to(z.device)[finite]
@@ -131,7 +131,7 @@ class WitnessedServer:
         with self._lock:
             self.batches += 1
             resting = self.batches <= self.warm_up
-            finite = _finite(z)
+            finite = finite_rows(z)
             kept = finite if resting else self.scores(client, z, y) >= self.floor
             if not resting:
                 self._asked[client] += len(y)
@@ -139,8 +139,8 @@ class WitnessedServer:
                 if self._share(client) > self.tolerance:
                     kept = torch.zeros_like(kept)
             own = self.witnesses[self.group[client]]
-            loss, g = _learned(own, z, y, finite)
-            return (loss, g) if resting else _learned(self.learner, z, y, kept)
+            loss, g = learned_from(own, z, y, finite)
+            return (loss, g) if resting else learned_from(self.learner, z, y, kept)
 
     def _share(self, client: str) -> float:
         return self._doubted[client] / self._asked[client] if self._asked[client] else 0.0
@@ -151,18 +151,3 @@ class WitnessedServer:
                 f"{self.name}: expected one of the {len(self.group)} clients that it was made for, got {client!r}; "
                 "name every client at the start, so that each has a group"
             )
-
-
-def _finite(z: Tensor) -> Tensor:
-    return torch.isfinite(z.detach()).flatten(1).all(1)
-
-
-def _learned(learner: Learner, z: Tensor, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Have ``learner`` learn from the kept samples alone; return its loss on them (nan for none) and g, else zeros."""
-    back = torch.zeros_like(z, requires_grad=False) if z.requires_grad else None
-    if not kept.any():
-        return torch.full((), float("nan"), device=z.device), back
-    loss, g = learner.learn(z.detach()[kept].requires_grad_(z.requires_grad), y.to(z.device)[kept])
-    if back is not None and g is not None:
-        back[kept] = g.to(back.device)
-    return loss, back
