@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +16,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from experiments import remote_commands
 from experiments.commands import Commands, Program
 from experiments.names import find
 
 if TYPE_CHECKING:
     from experiments.experiment import Experiment, Options
+    from experiments.runner import Engine
 
 __all__ = ["app", "main"]
 
@@ -32,7 +35,7 @@ class _Splitlearn(Program):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the commands."""
-        return ["list", "run", "report", "bench", "noise", "data", "doctor"]
+        return ["list", "run", "report", "bench", "noise", "data", "certs", "server", "client", "doctor"]
 
 
 class _Experiments(Commands):
@@ -222,6 +225,11 @@ def _data(
         list_present(folder)
 
 
+app.command("certs")(remote_commands.certs)
+app.command("server")(remote_commands.server)
+app.command("client")(remote_commands.client)
+
+
 @app.command("doctor")
 def _doctor() -> None:
     """Say what is installed, what is missing and the command that mends it; run a ten-second self-test."""
@@ -256,11 +264,11 @@ def _run(experiment: "Experiment", config: Any, options: "Options", quiet: bool)
     from experiments.progress import counted
     from experiments.runner import failure, run
     from experiments.store import Store
-    from experiments.workers import available_cpus
 
+    engine, jobs = _engine(options)
     tasks = experiment.tasks(config, options)
     store = Store(options.out)
-    summary = run(tasks, store, jobs=options.jobs or available_cpus(), progress=not quiet)
+    summary = run(tasks, store, jobs=jobs, engine=engine, progress=not quiet)
     report.build(options.out)
     console = _console()
     for table in closing_tables(record for task in tasks if (record := store.load(task.trial)) is not None):
@@ -272,6 +280,19 @@ def _run(experiment: "Experiment", config: Any, options: "Options", quiet: bool)
         typer.echo(failure(record, store), err=True)
     if summary.failed:
         raise typer.Exit(1)
+
+
+def _engine(options: "Options") -> tuple["Engine | None", int]:
+    """Return what runs the trials, None for this machine's processes, and how many at once."""
+    if options.engine == "ray":
+        from experiments.ray_engine import ray_jobs
+
+        return partial(ray_jobs, address=options.ray_address), options.jobs
+    if options.ray_address is not None:
+        raise ValueError(f"expected --engine ray with --ray-address, got --engine {options.engine}; add --engine ray")
+    from experiments.workers import available_cpus
+
+    return None, options.jobs or available_cpus()
 
 
 def _bench(name: str, measure: Callable[[], Mapping[str, Any]]) -> None:

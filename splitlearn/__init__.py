@@ -19,13 +19,14 @@ from splitlearn.federation import (
     splitfed_v3_round,
 )
 from splitlearn.frames import Kind, Message, decode, encode
+from splitlearn.network import Emulated
 from splitlearn.party import Guard, Guards, Learner, Party
 from splitlearn.protocols import Joined, concatenated, parallel, summed, u_shaped, vanilla, vertical
 from splitlearn.remote import Remote, wire
 from splitlearn.service import Service
 from splitlearn.threat import Encoder, Grants, Threat, View, granted, observe
 from splitlearn.train import Batches, epochs_of, evaluate, fit, predict
-from splitlearn.wire import Emulated, Framed, Metered, Recorded, Transport, serve
+from splitlearn.wire import Framed, Metered, Recorded, Transport, serve
 
 __version__ = "0.1.0"
 

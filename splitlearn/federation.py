@@ -7,6 +7,7 @@ stay in the global model as they were.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -78,11 +79,11 @@ def fedavg_round(members: Sequence[FedMember], model: Party, *, aggregate: Aggre
     """Every member trains the whole model on its own data, the fed server averages.
 
     (McMahan et al. 2017, arXiv:1602.05629.) ``model`` is the fed server's copy: it gives the round's
-    start and takes its result.
+    start and takes its result. Members in other processes train at the same time.
     """
     _named(members)
     start = model.weights()
-    weights, counts, done = _finished(*_collect(members, start))
+    weights, counts, done = _finished(*_collect(members, start, at_once=True))
     model.load_weights({**start, **aggregate(weights, counts, start)})
     return done
 
@@ -101,13 +102,14 @@ def splitfed_v1_round(
     (Thapa et al. 2022, arXiv:2004.12088.) ``sessions`` are the main server's copies (``top.replica(name)``) by
     member name, ``bottom`` and ``top`` the global ones. Both averages leave out whoever dropped out. The fed server
     averages bottoms by ``aggregate``, the main server its copies by ``aggregate_tops``, by the same where None.
+    Members in other processes train at the same time.
     """
     _named(members, sessions)
     _apart(sessions)
     start, top_start = bottom.weights(), top.weights()
     for member in members:
         sessions[member.name].load_weights(top_start)
-    weights, counts, done = _finished(*_collect(members, start))
+    weights, counts, done = _finished(*_collect(members, start, at_once=True))
     bottom.load_weights({**start, **aggregate(weights, counts, start)})
     tops = [sessions[name].weights() for name in done.counts]
     top.load_weights((aggregate_tops or aggregate)(tops, counts, top_start))
@@ -260,15 +262,25 @@ def _named(members: Sequence[Named], sessions: Mapping[str, Party] | None = None
 
 
 def _collect(
-    members: Sequence[FedMember], weights: Mapping[str, Tensor]
+    members: Sequence[FedMember], weights: Mapping[str, Tensor], *, at_once: bool = False
 ) -> tuple[dict[str, tuple[Weights, int]], list[str]]:
-    """Return the result of each member that finished the round, and the names of those that dropped out."""
+    """Return the result of each member that finished the round, and the names of those that dropped out.
+
+    ``at_once`` asks those in other processes (``elsewhere``) at the same time; the order of results stays.
+    """
     results, dropped = {}, []
-    for member in members:
-        try:
-            results[member.name] = member.round(weights)
-        except (ConnectionError, TimeoutError):
-            dropped.append(member.name)
+    far = [member for member in members if at_once and getattr(member, "elsewhere", False)]
+    pool = ThreadPoolExecutor(len(far) or 1)
+    try:
+        asked = {member.name: pool.submit(member.round, weights) for member in far}
+        for member in members:
+            try:
+                one = asked[member.name].result() if member.name in asked else member.round(weights)
+                results[member.name] = one
+            except (ConnectionError, TimeoutError):
+                dropped.append(member.name)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for them
     return results, dropped
 
 

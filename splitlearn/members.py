@@ -60,21 +60,31 @@ class Member:
 
     def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
         """Train from ``weights`` over all batches; return the new weights, less the local, and the sample count."""
+        self.begin(weights)
+        count, total = 0, 0.0
+        for x, y in self.batches:
+            count, total = count + len(x), total + self.step(x, y) * len(x)
+        self.loss = total / count if count else float("nan")
+        return self.result(), count
+
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over a round's start, but for the local entries."""
         own = self.learner.weights()
         self.learner.load_weights({**weights, **{name: own[name] for name in self.local}})
-        count, total = 0, 0.0
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        """Train on one batch; return its mean loss."""
         try:
-            for x, y in self.batches:
-                if self.server is None:
-                    loss, _ = self.learner.learn(x, self.learner.label(y))
-                else:
-                    loss = vanilla(self.learner, self.server, x, y)
-                count, total = count + len(x), total + loss.item() * len(x)
+            if self.server is None:
+                return self.learner.learn(x, self.learner.label(y))[0].item()
+            return vanilla(self.learner, self.server, x, y).item()
         except BaseException:
             self.learner.abandon()  # a lost server, or Ctrl-C: the next round starts clean
             raise
-        self.loss = total / count if count else float("nan")
-        return {name: w for name, w in self.learner.weights().items() if name not in self.local}, count
+
+    def result(self) -> Weights:
+        """Return what goes to the fed server: the weights, less the local entries."""
+        return {name: w for name, w in self.learner.weights().items() if name not in self.local}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the learner's state, and that of the batches where they have one."""
@@ -102,6 +112,18 @@ class RemoteMember:
     def __init__(self, name: str, transport: Transport, session: str, *, updates: bool = False):
         self.name = name
         self._ask, self._updates = Caller(name, transport, session), updates
+
+    def ask(self, verb: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the reply to a verb of the remote member's own; see ``Service``."""
+        return self._ask(verb, tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many requests were made: this side's part of the state."""
+        return self._ask.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned; the next request is then the one that came next."""
+        self._ask.load_state_dict(state)
 
     def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
         """Have the member train from ``weights``; return its new weights and its number of samples."""

@@ -5,6 +5,7 @@ client ── Remote ── Framed ── Metered ── serve ── Recorded �
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,18 @@ class Caller:
                 f"step {reply.step}; give each session a transport of its own"
             )
         return reply.tensors
+
+    def enter(self, session: str) -> None:
+        """Ask this session from now on."""
+        self._session = session
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many requests were made; with it, what goes on from a checkpoint asks what it asked before."""
+        return {"steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        self._steps = state["steps"]
 
 
 class Remote:
@@ -83,6 +96,18 @@ class Remote:
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Have the remote stage take over parameters and buffers."""
         self._ask("load_weights", keyed(weights, Kind.WEIGHTS))
+
+    def enter(self, session: str) -> None:
+        """Ask this session from now on; steps go on."""
+        self._ask.enter(session)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many requests were made: this side's part of the state, no stage's."""
+        return self._ask.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned; the next request is then the one that came next."""
+        self._ask.load_state_dict(state)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Service: answers requests on behalf of parties, each exactly once."""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from splitlearn.frames import Kind, Message, encode
+from splitlearn.frames import Kind, Message, decode, encode
 from splitlearn.party import Party
 from splitlearn.wire import Exchange
 
@@ -32,13 +33,16 @@ class Answering(Protocol):
 class Service:
     """Answers for parties and members, one a session. A repeated step gets the reply it got before.
 
-    Each request of a session has a greater step than the one before it; one that was refused does not count.
+    Each request of a session has a greater step than the one before it; one that was refused does not count. Of each
+    session the last ``memory`` exchanges are kept: a client that went back to its last checkpoint may ask these again.
     Sessions may be asked from several threads at once; the requests of one session wait in turn.
     """
 
-    def __init__(self, sessions: Mapping[str, Any]):
-        self.sessions = dict(sessions)
-        self._last: dict[str, Exchange] = {}
+    def __init__(self, sessions: Mapping[str, Any], *, memory: int = 1):
+        if memory < 1:
+            raise ValueError(f"expected a memory of 1 exchange or more, got {memory}")
+        self.sessions, self._memory = dict(sessions), memory
+        self._done: dict[str, deque[Exchange]] = {}
         self._turns: dict[str, threading.Lock] = {}
 
     def request(self, message: Message) -> Message:
@@ -52,17 +56,38 @@ class Service:
             raise ValueError(f"expected a session among {', '.join(self.sessions)}; got {message.session!r}")
         answer = _answer_of(party, message)
         with self._turns.setdefault(message.session, threading.Lock()):  # a repeat waits for the first to be done
-            last = self._last.get(message.session)
-            if last is not None and message.step == last.request.step:
-                return _repeated(last, message)
-            if last is not None and message.step < last.request.step:
+            done = self._done.setdefault(message.session, deque(maxlen=self._memory))
+            for exchange in done:
+                if message.step == exchange.request.step:
+                    return _repeated(exchange, message)
+            if done and message.step < done[-1].request.step:
                 raise ValueError(
-                    f"expected a step of {message.session} after {last.request.step}, got {message.step}; it was done, "
-                    "or comes too late"
+                    f"expected a step of {message.session} after {done[-1].request.step}, got {message.step}; it was "
+                    "done, or comes too late"
                 )
             reply = replace(message, tensors=answer(message.tensors))
-            self._last[message.session] = Exchange(message, reply)
+            done.append(Exchange(message, reply))
             return reply
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the exchanges that are kept, by session, as frames. Taken while nobody asks."""
+        return {
+            name: [(_bytes(encode(one.request)), _bytes(encode(one.reply))) for one in done]
+            for name, done in self._done.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        self._done = {
+            name: deque(
+                (Exchange(*(decode(tensor.numpy().tobytes()) for tensor in pair)) for pair in done), self._memory
+            )
+            for name, done in state.items()
+        }
+
+
+def _bytes(frame: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(frame), dtype=torch.uint8)
 
 
 def keyed(tensors: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:

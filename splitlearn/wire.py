@@ -7,7 +7,6 @@ what crossed and nothing else.
 """
 
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +17,10 @@ import torch
 from splitlearn.frames import MAX_NBYTES, Codec, Kind, Message, decode, encode, frame_nbytes
 from splitlearn.misfit import Refused
 
-__all__ = ["Carrier", "Emulated", "Exchange", "Framed", "Metered", "Recorded", "Transport", "copied", "serve"]
+__all__ = ["Carrier", "Exchange", "Framed", "Metered", "Recorded", "Transport", "copied", "serve"]
 
 MAX_ERROR_NBYTES = 10_000  # of an error's text that are read
+REPEATED = 8  # replies of a session that are kept packed, in case they are asked for again
 
 Carrier = Callable[[bytes], bytes]  # takes a request's frame, returns the reply's
 
@@ -94,18 +94,21 @@ class Framed:
 def serve(transport: Transport, codec: Codec | None = None, *, max_nbytes: int = MAX_NBYTES) -> Carrier:
     """Return a carrier that decodes each frame, has it answered, and encodes the reply; errors travel as text.
 
-    A reply that comes a second time is the same frame, so that a codec with a memory packs it once.
+    A reply that comes again is the same frame, so that a codec with a memory packs it once.
     """
-    last: dict[str, tuple[Message, bytes]] = {}
+    sent: dict[str, deque[tuple[Message, bytes]]] = {}
 
     def carry(frame: bytes) -> bytes:
         try:
             reply = transport.request(decode(frame, codec, max_nbytes=max_nbytes))
-            before, sent = last.get(reply.session, (None, b""))
-            if reply is not before:
-                sent = encode(reply, codec)
-                last[reply.session] = reply, sent
-            return sent
+            if codec is None:
+                return encode(reply)
+            before = sent.setdefault(reply.session, deque(maxlen=REPEATED))
+            for again, packed in before:
+                if again is reply:
+                    return packed
+            before.append((reply, encode(reply, codec)))
+            return before[-1][1]
         except (ValueError, LookupError) as error:
             text = str(error).encode(errors="replace") or b"error"
             return encode(Message("error", {Kind.ERROR: torch.frombuffer(bytearray(text), dtype=torch.uint8)}))
@@ -149,39 +152,6 @@ class Metered:
     def clear(self) -> None:
         """Count from zero again."""
         self.nbytes, self.frames = {"up": Counter(), "down": Counter()}, 0
-
-
-class Emulated:
-    """A carrier that takes as long as a network would: one-way ``latency`` seconds and ``bandwidth`` bits a second.
-
-    ``seconds`` adds up the delay. Pass ``sleep=None`` to count it without waiting.
-    """
-
-    def __init__(
-        self,
-        carrier: Carrier,
-        *,
-        latency: float,
-        bandwidth: float,
-        sleep: Callable[[float], None] | None = time.sleep,
-    ):
-        if not (latency >= 0 and bandwidth > 0):
-            raise ValueError(f"expected latency ≥ 0 s and bandwidth > 0 bit/s, got {latency} and {bandwidth}")
-        self.seconds = 0.0
-        self._carrier, self._latency, self._bandwidth, self._sleep = carrier, latency, bandwidth, sleep
-
-    def __call__(self, frame: bytes) -> bytes:
-        """Pass the frame on after its delay, and the reply after its own."""
-        self._wait(frame)
-        reply = self._carrier(frame)
-        self._wait(reply)
-        return reply
-
-    def _wait(self, frame: bytes) -> None:
-        delay = self._latency + 8 * len(frame) / self._bandwidth
-        self.seconds += delay
-        if self._sleep is not None:
-            self._sleep(delay)
 
 
 def copied(message: Message) -> Message:

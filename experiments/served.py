@@ -1,0 +1,41 @@
+"""What a server keeps of a training with clients on other machines: the model, and a record for the report."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from experiments.environment import commit, versions
+from experiments.record import Record, trial_hash
+from experiments.serving import Served, Server
+from experiments.store import Store
+from splitlearn.metrics import utility
+from splitlearn.train import predict
+
+__all__ = ["keep"]
+
+EXPERIMENT = "server"
+
+
+def keep(server: Server, served: Served, folder: Path) -> Record:
+    """Write model.safetensors (the joined model's entries) and the record; return the record."""
+    parts = [server.bottom] if server.top is None else [server.bottom, server.top]
+    save_file({name: tensor for part in parts for name, tensor in part.weights().items()}, folder / "model.safetensors")
+    deployment, test = server.deployment, server.splits.test
+    config = {"experiment": EXPERIMENT, "data": deployment.data, **deployment.training.described()}
+    config["clients"] = list(deployment.clients)
+    words = ["splitlearn", "server", "--clients", ",".join(deployment.clients), "--protocol", deployment.protocol]
+    words += ["--data", deployment.data, "--rounds", str(deployment.rounds), "--seed", str(deployment.seed)]
+    record = Record(
+        experiment=EXPERIMENT, trial=trial_hash(config), config=config, command=" ".join(words), status="done",
+        seed=deployment.seed, data=deployment.data, protocol=deployment.protocol,
+        cut="" if server.top is None else deployment.cut, protection="none", strength="",
+        utility=utility(predict(parts, test.x), test.y), nbytes=served.nbytes,
+        seconds={"total": served.seconds}, traces={"accuracy": served.accuracy},
+        notes=[f"round {number + 1}: {', '.join(out)} left out" for number, out in enumerate(served.left_out) if out],
+        versions=versions(), commit=commit(), started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    store = Store(folder)
+    store.prepare()
+    store.save(record)
+    return record

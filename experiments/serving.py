@@ -1,0 +1,240 @@
+"""The server of a deployment: it offers a training to clients on other machines, and goes on where it was killed."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.deployment import HELLO, Deployment, parts_of, server_learners
+from experiments.setups import counted
+from splitlearn.checkpoint import load_checkpoint, save_checkpoint
+from splitlearn.data import Splits
+from splitlearn.federation import Round, fedavg_round, in_turn_round, splitfed_v1_round, splitfed_v2_round
+from splitlearn.frames import Kind, Message
+from splitlearn.members import RemoteMember
+from splitlearn.party import Learner
+from splitlearn.service import Answer, Service
+from splitlearn.train import predict
+from splitlearn.transport import Credentials, Gate, GatedMember, Host, Journal, Journaled, private_folder
+from splitlearn.wire import Carrier, Framed, Metered, Transport, serve
+
+__all__ = ["Served", "Server"]
+
+WAIT = 30.0  # seconds between two words on who is waited for
+MEMORY = 4  # exchanges of a client that are answered again; it keeps a checkpoint after every one
+
+
+@dataclass
+class Served:
+    """What came of a training: accuracy after each round, who was left out of which, bytes and seconds."""
+
+    rounds: int = 0
+    accuracy: list[float] = field(default_factory=list)
+    left_out: list[list[str]] = field(default_factory=list)
+    seconds: float = 0.0
+    nbytes: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+class Server:
+    """Main server and fed server of a deployment in one process, on ``address``.
+
+    ``run()`` waits for the clients, trains for the deployment's rounds by the same protocol functions as in one
+    process, and returns what came of it. ``folder`` holds its state: a checkpoint at every round's start, and a journal
+    of what clients asked since. Made anew over the same folder after it was killed, it goes on in mid-round, and no
+    step is lost or made twice. A client that does not answer within ``deadline`` seconds is left out of the round.
+
+    Both servers in one hands hold bottom and top, that is the whole model, and what clients send: split learning's
+    privacy is against a main server that does not have the bottoms. For trials, or where the operator is trusted so
+    far; else run the fed server elsewhere.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        address: str,
+        credentials: Credentials,
+        folder: Path,
+        *,
+        data_dir: Path | None = None,
+        deadline: float = 600.0,
+        told: Callable[[str], None] = lambda line: None,
+    ):
+        self.deployment, self.folder, self._told = deployment, folder, told
+        self.splits: Splits = parts_of(deployment, data_dir)
+        self.bottom, self.top, self.learners = server_learners(deployment, self.splits)
+        self.served = Served()
+        self._generation = 0
+        shared = deployment.protocol != "splitfed_v1"
+        groups = [self.learners] if shared else [{name: learner} for name, learner in self.learners.items()]
+        self._services = [Service(group, memory=MEMORY) for group in groups if group]
+        state = self._state()
+        self._journals: list[Journal] = []
+        self._journaled = [Journaled(service, self._journal(place)) for place, service in enumerate(self._services)]
+        of = {name: one for one, group in zip(self._journaled, groups, strict=False) for name in group}
+        self._gates = {name: Gate(name, of.get(name, _Nobody())) for name in deployment.clients}
+        hello = {name: Service({f"{name}/{HELLO}": _Greeting(name, deployment)}) for name in deployment.clients}
+        self._meters = {name: Metered(serve(_Either(hello[name], self._gates[name]))) for name in deployment.clients}
+        carriers: Mapping[str, Carrier] = self._meters
+        self.host = Host(address, credentials, carriers, deadline=deadline)
+        self._asked = {name: Metered(self.host.line(name), requests="down") for name in deployment.clients}
+        remote = {name: RemoteMember(name, Framed(line), name) for name, line in self._asked.items()}
+        self._remote = remote
+        up_to_date: set[int] = set()
+
+        def before(name: str) -> None:
+            one = of.get(name)
+            if one is not None and id(one) not in up_to_date:
+                up_to_date.add(id(one))
+                count = one.replay()
+                if count:
+                    told(f"{name}: {count} requests of before are made again")
+
+        self.members = [
+            GatedMember(remote[name], self._gates[name], partial(before, name)) for name in deployment.clients
+        ]
+        if state is not None:
+            self._take(state)
+
+    def run(self) -> Served:
+        """Train, from wherever the folder's state stands; close the host in the end, also on an error."""
+        port = self.host.start()
+        self._told(f"listening on port {port}; waiting for {', '.join(self.deployment.clients)}")
+        x, y = self.splits.test.x, self.splits.test.y
+        begun = time.monotonic() - self.served.seconds
+        try:
+            if not self._path.is_file():
+                self._gather()
+                self._keep()
+            while self.served.rounds < self.deployment.rounds:
+                done = self._round()
+                chain = [self.bottom] if self.top is None else [self.bottom, self.top]
+                self.served.accuracy.append((predict(chain, x).argmax(1) == y).double().mean().item())
+                self.served.left_out.append(list(done.dropped))
+                self.served.rounds += 1
+                self.served.seconds = time.monotonic() - begun
+                self._keep()
+                out = f", left out: {', '.join(done.dropped)}" if done.dropped else ""
+                self._told(
+                    f"round {self.served.rounds} of {self.deployment.rounds}: accuracy {self.served.accuracy[-1]:.4f} "
+                    f"on the test set{out}"
+                )
+            for member in self._remote.values():
+                with suppress(ConnectionError, TimeoutError, ValueError):
+                    member.ask("finish", {})
+        finally:
+            self.host.stop()
+            for journal in self._journals:
+                journal.close()
+                if self.served.rounds == self.deployment.rounds:
+                    journal.path.unlink(missing_ok=True)
+        self.served.nbytes = counted([*self._meters.values(), *self._asked.values()])
+        return self.served
+
+    def _gather(self) -> None:
+        """Wait until every client is there, however long that takes; say for whom."""
+        away = list(self.deployment.clients)
+        while away := [name for name in away if not self.host.line(name).wait(WAIT / len(away))]:
+            self._told(f"waiting for {', '.join(away)}")
+
+    def _round(self) -> Round:
+        if self.top is None:
+            return fedavg_round(self.members, self.bottom)
+        if self.deployment.protocol == "splitfed_v1":
+            return splitfed_v1_round(self.members, self.learners, self.bottom, self.top)
+        if self.deployment.protocol == "splitfed_v2":
+            return splitfed_v2_round(self.members, self.bottom)
+        return in_turn_round(self.members, self.bottom)
+
+    @property
+    def _path(self) -> Path:
+        return private_folder(self.folder / "state") / "server.safetensors"
+
+    def _journal(self, place: int) -> Journal:
+        journal = Journal(self._path.parent / f"journal-{self._generation}-{place}")
+        self._journals.append(journal)
+        return journal
+
+    def _state(self) -> dict[str, Any] | None:
+        """Return the state in the folder, if there is one, of this deployment."""
+        if not self._path.is_file():
+            return None
+        state: dict[str, Any] = load_checkpoint(self._path)
+        if state["deployment"] != self.deployment.told():
+            raise ValueError(
+                f"expected a folder of this training, got {self.folder}, which holds another one; give another --out"
+            )
+        self._generation = state["generation"]
+        return state
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        self.bottom.load_state_dict(state["bottom"])
+        parts = [self.top, *self.learners.values()] if self.deployment.protocol == "splitfed_v1" else [self.top]
+        for part, own in zip([part for part in parts if part is not None], state["parts"], strict=True):
+            part.load_state_dict(own)
+        for service, own in zip(self._services, state["services"], strict=True):
+            service.load_state_dict(own)
+        for name, member in self._remote.items():
+            member.load_state_dict(state["members"][name])
+        self.served = Served(**state["served"])
+        self._told(f"goes on from {self._path}: {self.served.rounds} of {self.deployment.rounds} rounds are done")
+
+    def _keep(self) -> None:
+        """Write a checkpoint, and begin new journals: what the old ones hold is in it."""
+        self._generation += 1
+        parts: list[Learner | None] = [self.top]
+        if self.deployment.protocol == "splitfed_v1":
+            parts += self.learners.values()
+        state = {
+            "deployment": self.deployment.told(), "generation": self._generation,
+            "bottom": self.bottom.state_dict(),
+            "parts": [part.state_dict() for part in parts if part is not None],
+            "services": [service.state_dict() for service in self._services],
+            "members": {name: member.state_dict() for name, member in self._remote.items()},
+            "served": vars(self.served),
+        }  # fmt: skip
+        save_checkpoint(self._path, state)
+        old, self._journals = self._journals, []
+        for place, journaled in enumerate(self._journaled):
+            journaled.renew(self._journal(place))
+        for journal in old:
+            journal.close()
+            journal.path.unlink(missing_ok=True)
+
+
+class _Greeting:
+    """Says what training is offered, and to whom it speaks."""
+
+    def __init__(self, name: str, deployment: Deployment):
+        self.name = name
+        self._text = deployment.told()
+
+    @property
+    def answers(self) -> Mapping[str, Answer]:
+        """The verb ``hello``."""
+        return {HELLO: self._hello}
+
+    def _hello(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {Kind.PARAMETERS: torch.frombuffer(bytearray(self._text.encode()), dtype=torch.uint8)}
+
+
+class _Either:
+    """A transport that has greetings answered at any time, all else through the gate."""
+
+    def __init__(self, hello: Transport, gate: Transport):
+        self._hello, self._gate = hello, gate
+
+    def request(self, message: Message) -> Message:
+        return (self._hello if message.session.endswith(f"/{HELLO}") else self._gate).request(message)
+
+
+class _Nobody:
+    """What answers where clients train whole models: nothing."""
+
+    def request(self, message: Message) -> Message:
+        raise ValueError(f"expected no request of {message.session!r} in this protocol: its clients train whole models")

@@ -1,0 +1,198 @@
+"""The client's end of gRPC: it asks the server, and answers what the server asks, over connections that come back."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from splitlearn.frames import MAX_NBYTES
+from splitlearn.transport.certs import Credentials
+from splitlearn.transport.link import ANSWER, ASK, HEARTBEAT, SERVICE, grpc_module, options
+from splitlearn.wire import Carrier
+
+__all__ = ["Connection"]
+
+PAUSE = 0.1  # seconds between two tries to connect
+FAREWELL = 5.0  # seconds
+
+
+class Connection:
+    """A client's connection to one server, by mutual TLS: ``connection.ask`` is a carrier, ``answer`` serves another.
+
+    ``Remote("server", Framed(Connection("host:50051", credentials).ask), name)`` is then a party like any other. A
+    request waits at most ``deadline`` seconds for its reply. Where the connection breaks, or the server is away, the
+    request is sent again over a new one for up to ``patience`` seconds, as often as it takes: the server must answer a
+    repeat as it answered before, as ``Service`` does. Raises ``TimeoutError`` after the deadline, ``ConnectionError``
+    after the patience, and ``PermissionError`` where the server does not let this certificate in.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials,
+        *,
+        deadline: float = 60.0,
+        patience: float = 60.0,
+        max_nbytes: int = MAX_NBYTES,
+        heartbeat: float = HEARTBEAT,
+        server_name: str | None = None,
+    ):
+        grpc = grpc_module()
+        if deadline <= 0 or patience < 0:
+            raise ValueError(f"expected a deadline above 0 s and a patience of 0 s or more, got {deadline}, {patience}")
+        self.address, self.deadline, self.patience = address, deadline, patience
+        settings = options(max_nbytes, heartbeat)
+        if server_name is not None:
+            settings.append(("grpc.ssl_target_name_override", server_name))
+        self._channel = grpc.secure_channel(
+            address,
+            grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate),
+            options=settings,
+        )
+        self._lock = threading.Lock()
+        self._stream: _Stream | None = None
+        self._answering: _Stream | None = None
+        self._closed = False
+
+    def ask(self, frame: bytes) -> bytes:
+        """Send a request's frame and return the reply's."""
+        with self._lock:
+            end = time.monotonic() + self.patience
+            while True:
+                try:
+                    if self._stream is None:
+                        self._stream = _Stream(self._channel, ASK)
+                    return self._stream.exchange(frame, self.deadline)
+                except _BrokenError as error:
+                    self._stream = None
+                    self._told(error, end)
+                except BaseException:
+                    self._drop()
+                    raise
+
+    def answer(self, carrier: Carrier, *, until: Callable[[], bool] = lambda: False) -> None:
+        """Answer the server's requests by ``carrier`` until ``until()``, asked between requests, or ``close``.
+
+        A connection that breaks comes back for up to ``patience`` seconds without a request.
+        """
+        end = time.monotonic() + self.patience
+        while not self._closed and not until():
+            stream = _Stream(self._channel, ANSWER)
+            self._answering = stream
+            try:
+                while not until():
+                    frame = stream.next(None)
+                    end = time.monotonic() + self.patience
+                    stream.send(carrier(frame))
+                    end = time.monotonic() + self.patience
+                stream.finish()
+            except _BrokenError as error:
+                if not self._closed:
+                    self._told(error, end)
+            finally:
+                stream.close()
+
+    def close(self) -> None:
+        """Close it; what waits ends with an error."""
+        self._closed = True
+        self._drop()
+        if self._answering is not None:
+            self._answering.close()
+        self._channel.close()
+
+    def _drop(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _told(self, error: "_BrokenError", end: float) -> None:
+        """Wait a moment before another try, or raise what the user should know."""
+        if error.final is not None:
+            raise error.final
+        if self._closed or time.monotonic() > end:
+            raise ConnectionError(
+                f"expected a server at {self.address}, got none within {self.patience:g} s ({error}); is it running, "
+                "and is its certificate of the same authority and for that name?"
+            ) from None
+        time.sleep(PAUSE)
+
+
+class _BrokenError(Exception):
+    """A stream that broke; ``final`` is what to raise where another try is no use."""
+
+    def __init__(self, text: str, final: Exception | None = None):
+        super().__init__(text)
+        self.final = final
+
+
+class _Stream:
+    """One stream of frames, both ways."""
+
+    def __init__(self, channel: Any, method: str):
+        self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._call = channel.stream_stream(f"/{SERVICE}/{method}")(iter(self._frames.get, None))
+        self._replies: Iterator[bytes] = iter(self._call)
+
+    def exchange(self, frame: bytes, deadline: float) -> bytes:
+        """Send a frame and return what comes back."""
+        self.send(frame)
+        return self.next(deadline)
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame."""
+        self._frames.put(frame)
+
+    def next(self, deadline: float | None) -> bytes:
+        """Return the next frame from the server; ``TimeoutError`` after the deadline, in seconds, if there is one."""
+        grpc = grpc_module()
+        late = threading.Event()
+        timer = None
+
+        def give_up() -> None:
+            late.set()
+            self._call.cancel()
+
+        if deadline is not None:
+            timer = threading.Timer(deadline, give_up)
+            timer.daemon = True
+            timer.start()
+        try:
+            return next(self._replies)
+        except StopIteration:
+            raise _BrokenError("the server ended the stream") from None
+        except grpc.RpcError as error:
+            if late.is_set():
+                raise TimeoutError(f"expected a reply within {deadline:g} s, got none; ask again, or later") from None
+            raise _BrokenError(_in_words(error), _final(error)) from None
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def finish(self) -> None:
+        """Let what was sent arrive: send no more, and wait a moment for the server to end the stream."""
+        self._frames.put(None)
+        with suppress(_BrokenError, TimeoutError):
+            self.next(FAREWELL)
+
+    def close(self) -> None:
+        """End it."""
+        self._frames.put(None)
+        self._call.cancel()
+
+
+def _in_words(error: Any) -> str:
+    return f"{error.code().name}: {error.details()}"
+
+
+def _final(error: Any) -> Exception | None:
+    """Return what to raise for an error that another try would only repeat."""
+    codes = grpc_module().StatusCode
+    if error.code() in (codes.PERMISSION_DENIED, codes.UNAUTHENTICATED):
+        return PermissionError(f"expected to be let in, got {_in_words(error)}; ask for a certificate of another name")
+    if error.code() == codes.RESOURCE_EXHAUSTED:
+        return ValueError(f"expected a frame that the other end takes, got {_in_words(error)}; raise max_nbytes=…")
+    if error.code() == codes.UNIMPLEMENTED:
+        return ValueError(f"expected a server of this toolkit, got {_in_words(error)}")
+    return None

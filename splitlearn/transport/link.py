@@ -1,0 +1,47 @@
+"""What both ends of a gRPC connection agree on: the two streams, limits, heartbeats."""
+
+import os
+from typing import Any
+
+from splitlearn.frames import MAX_HEADER_NBYTES, MAX_NBYTES
+
+__all__ = ["ANSWER", "ASK", "SERVICE", "grpc_module", "options"]
+
+SERVICE = "splitlearn.Parties"
+ASK = "Ask"  # the client sends requests, the server replies
+ANSWER = "Answer"  # the server sends requests, the client replies
+HEARTBEAT = 10.0  # seconds of silence after which each end asks whether the other is there
+
+
+def grpc_module() -> Any:
+    """Return grpc; ``ImportError`` with the command that installs it where it is not there."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it writes to stderr what our errors say in a line
+    try:
+        import grpc
+    except ImportError as error:
+        raise ImportError(
+            "expected the package grpcio for parties on other machines; pip install 'splitlearn[net]'"
+        ) from error
+    return grpc
+
+
+def options(max_nbytes: int = MAX_NBYTES, heartbeat: float = HEARTBEAT) -> list[tuple[str, Any]]:
+    """Return gRPC's settings: a frame's greatest size, and pings on a silent connection, answered within as long.
+
+    A frame over the size is refused before memory is taken for it.
+    """
+    most = max_nbytes + MAX_HEADER_NBYTES + 64
+    return [
+        ("grpc.max_receive_message_length", most),
+        ("grpc.max_send_message_length", most),
+        ("grpc.keepalive_time_ms", int(1000 * heartbeat)),
+        ("grpc.keepalive_timeout_ms", int(1000 * heartbeat)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(500 * heartbeat)),
+        ("grpc.so_reuseport", 0),
+        ("grpc.enable_retries", 0),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+    ]
