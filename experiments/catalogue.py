@@ -3,10 +3,12 @@
 from experiments.attribute import ATTRIBUTE
 from experiments.bench_aggregators import aggregator_speed
 from experiments.bench_dp import audit_power, dp_overhead
+from experiments.bench_faults import bench_faults
 from experiments.bench_he import he_overhead_figures
 from experiments.bench_import import import_time
 from experiments.bench_mpc import mpc_overhead_figures
 from experiments.bench_split import split_overhead
+from experiments.bench_transport import many_clients, transport_overhead
 from experiments.detection import DETECTION
 from experiments.experiment import Experiment
 from experiments.he_overhead import HE_OVERHEAD
@@ -66,5 +68,8 @@ BENCHES: dict[str, Bench] = {
     "aggregators": Bench(
         "how fast robust aggregation is, 100 clients × 100,000 numbers, against the obvious torch", aggregator_speed
     ),
+    "transport": Bench("what gRPC with mutual TLS costs over bare gRPC, and over one process", transport_overhead),
+    "clients": Bench("seconds and bytes of 1 to 64 clients at once, and how well 8 foretell 64", many_clients),
+    "faults": Bench("a server and clients killed 50 times in mid-training: does the model show it?", bench_faults),
     "import": Bench("what `import splitlearn` takes beyond `import torch`", import_time),
 }

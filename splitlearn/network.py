@@ -4,10 +4,11 @@ import random
 import threading
 import time
 from bisect import bisect
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, inf, isfinite
 from typing import Protocol
+
+from splitlearn.wire import Carrier
 
 __all__ = ["PROFILES", "Clock", "Emulated", "Link", "Profile", "RealClock", "VirtualClock"]
 
@@ -138,7 +139,7 @@ class _Window:
     """How many packets one end of a TCP stream may have under way, and what it has learnt."""
 
     packets: float = INITIAL_WINDOW
-    threshold: float = inf  # from here on it grows by one packet a round trip, below it doubles
+    threshold: float = inf  # from here on it grows by ``INCREASE`` a round trip, below it doubles
     margin: float = 0.0  # seconds of a timeout over the longest round trip
     timeout: float = inf  # seconds, as of the last frame
     used: float = 0.0  # when it last sent
@@ -151,19 +152,20 @@ class Emulated:
     included, and takes the latency, with normal jitter drawn from ``seed``, never below 0. ``requests`` is the
     direction of the requests, as in ``Metered``. ``seconds`` adds up the delay, and ``clock`` lets it pass.
 
-    What the stream adds is a model of rounds, one round trip each (2 × latency): a window of 10 packets at first
-    doubles with every round that fills it, so that the first large frames are slower (slow start), and a sender that
-    was idle for a timeout starts again. Each packet is lost with ``loss``, and what is lost is sent in the next round,
-    with 0.7 of the window, which from then on grows by one packet a round. A lost last packet, after which nothing
-    comes that could tell, costs two round trips, or where it is alone a timeout: 0.2 s over a round trip.
+    What the stream adds is a model in rounds of one round trip (2 × latency) each. The window, 10 packets at first,
+    doubles with every round that fills it (slow start), so that the first large frames are slower; it is halved for
+    every timeout that the sender was idle, down to 10 again. Each packet is lost with probability ``loss``; what is
+    lost is sent in the next round, with 0.7 of the window, which from then on grows by half a packet a round. A lost
+    last packet, after which nothing comes that could tell, costs two round trips, or where it is alone a timeout:
+    0.2 s over a round trip.
 
-    Not modelled: opening the stream, lost acknowledgements, a second timeout being longer than the first, full
-    queues, other traffic.
+    Not modelled: opening the stream, lost acknowledgements, jitter within a frame (a large frame of a real stream
+    suffers more from it), a second timeout being longer than the first, full queues, other traffic.
     """
 
     def __init__(
         self,
-        carrier: Callable[[bytes], bytes],
+        carrier: Carrier,
         profile: Profile,
         *,
         clock: Clock | None = None,
@@ -202,7 +204,7 @@ class Emulated:
         idle = now - window.used
         while (idle := idle - window.timeout) > 0 and window.packets > INITIAL_WINDOW:
             window.packets = max(INITIAL_WINDOW, window.packets / 2)
-        start = self._link.book(direction, now, seconds)
+        start = self._link.book(direction, max(now, window.used), seconds)  # a stream keeps its order
         left = start + seconds + self._stalls(window, packets, seconds / packets)
         window.used = left
         return left + max(0.0, self._random.gauss(profile.latency, profile.jitter)) - now

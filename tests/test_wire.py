@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from splitlearn.codecs import ErrorFeedback, Int8, TopK, Zstd
 from splitlearn.frames import Codec, Kind, Message, decode, encode, frame_nbytes
+from splitlearn.network import PROFILES, Emulated, VirtualClock
 from splitlearn.party import Guard, Learner
 from splitlearn.protocols import u_shaped, vanilla
 from splitlearn.remote import Remote, wire
 from splitlearn.service import Service
-from splitlearn.wire import Emulated, Framed, Metered, Recorded, serve
+from splitlearn.wire import Framed, Metered, Recorded, serve
 
 
 def learner(name: str, *layers: nn.Module, lr: float = 0.05) -> Learner:
@@ -332,7 +333,7 @@ def test_an_exchange_too_large_to_keep_is_counted():
     assert (len(recorded.exchanges), recorded.dropped) == (0, 1)
 
 
-# Metered, Emulated
+# Metered
 
 
 class Tapped:
@@ -395,34 +396,6 @@ def test_requests_go_up_or_down():
         Metered(lambda frame: frame, requests="left")
 
 
-def test_an_emulated_network_adds_latency_and_bytes_over_bandwidth():
-    waits: list[float] = []
-    reply = encode(Message("reply", {"loss": torch.zeros(100)}))
-    frame = encode(Message("request"))
-    carrier = Emulated(lambda _: reply, latency=0.02, bandwidth=1e6, sleep=waits.append)
-    assert carrier(frame) is reply
-    assert waits == [0.02 + 8 * len(frame) / 1e6, 0.02 + 8 * len(reply) / 1e6]
-    assert carrier.seconds == sum(waits)
-    counted = Emulated(lambda _: reply, latency=1000, bandwidth=1, sleep=None)
-    before = time.monotonic()
-    counted(frame)
-    assert counted.seconds == 2000 + 8 * (len(frame) + len(reply))
-    assert time.monotonic() - before < 1
-
-
-def test_an_emulated_network_really_takes_its_time():
-    frame = encode(Message("request"))
-    before = time.monotonic()
-    Emulated(lambda frame: frame, latency=0.02, bandwidth=1e9)(frame)
-    assert time.monotonic() - before >= 0.04
-
-
-@pytest.mark.parametrize(("latency", "bandwidth"), [(-1, 1), (0, 0), (0, -1), (float("nan"), 1), (0, float("nan"))])
-def test_a_network_has_latency_and_bandwidth(latency, bandwidth):
-    with pytest.raises(ValueError, match=r"expected latency ≥ 0 s and bandwidth > 0 bit/s"):
-        Emulated(lambda frame: frame, latency=latency, bandwidth=bandwidth)
-
-
 # Remote
 
 
@@ -433,7 +406,7 @@ def test_training_across_a_wire_is_training_beside_it_bit_for_bit(where):
     transport = {
         "service": service,
         "frames": Framed(Metered(serve(Recorded(service)))),
-        "emulated": Framed(Emulated(serve(service), latency=1, bandwidth=1, sleep=None)),
+        "emulated": Framed(Emulated(serve(service), PROFILES["satellite"], clock=VirtualClock())),
     }[where]
     remote, bottom = Remote("server", transport, "server"), client()
     for step in range(6):

@@ -66,7 +66,7 @@ class Connection:
                         self._stream = _Stream(self._channel, ASK)
                     return self._stream.exchange(frame, self.deadline)
                 except _BrokenError as error:
-                    self._stream = None
+                    self._drop()
                     self._told(error, end)
                 except BaseException:
                     self._drop()
@@ -134,6 +134,9 @@ class _Stream:
         self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._call = channel.stream_stream(f"/{SERVICE}/{method}")(iter(self._frames.get, None))
         self._replies: Iterator[bytes] = iter(self._call)
+        self._due: float | None = None
+        self._watch: threading.Thread | None = None
+        self._late, self._over = False, threading.Event()
 
     def exchange(self, frame: bytes, deadline: float) -> bytes:
         """Send a frame and return what comes back."""
@@ -146,29 +149,29 @@ class _Stream:
 
     def next(self, deadline: float | None) -> bytes:
         """Return the next frame from the server; ``TimeoutError`` after the deadline, in seconds, if there is one."""
-        grpc = grpc_module()
-        late = threading.Event()
-        timer = None
-
-        def give_up() -> None:
-            late.set()
-            self._call.cancel()
-
-        if deadline is not None:
-            timer = threading.Timer(deadline, give_up)
-            timer.daemon = True
-            timer.start()
+        self._due = None if deadline is None else time.monotonic() + deadline
+        if deadline is not None and self._watch is None:
+            self._watch = threading.Thread(target=self._watching, args=(deadline / 8,), daemon=True)
+            self._watch.start()
         try:
             return next(self._replies)
         except StopIteration:
             raise _BrokenError("the server ended the stream") from None
-        except grpc.RpcError as error:
-            if late.is_set():
+        except grpc_module().RpcError as error:
+            if self._late:
                 raise TimeoutError(f"expected a reply within {deadline:g} s, got none; ask again, or later") from None
             raise _BrokenError(_in_words(error), _final(error)) from None
         finally:
-            if timer is not None:
-                timer.cancel()
+            self._due = None
+
+    def _watching(self, pause: float) -> None:
+        """End the stream where a reply is overdue; one thread a stream, as one a request would cost more than it."""
+        while not self._over.wait(min(pause, 1.0)):
+            due = self._due
+            if due is not None and time.monotonic() > due:
+                self._late = True
+                self._call.cancel()
+                return
 
     def finish(self) -> None:
         """Let what was sent arrive: send no more, and wait a moment for the server to end the stream."""
@@ -178,6 +181,7 @@ class _Stream:
 
     def close(self) -> None:
         """End it."""
+        self._over.set()
         self._frames.put(None)
         self._call.cancel()
 
