@@ -1,6 +1,9 @@
 """The README's examples run as they stand, and what the docs name is there."""
 
+import json
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +34,49 @@ def test_each_example_runs_as_it_stands(number: int, tmp_path: Path) -> None:
         lines = [line for line in EXAMPLES[number].splitlines() if line and not line.startswith(("from", "import"))]
         assert len(lines) <= 10  # a user attacks a model of their own in ten
         assert float(done.stdout.split()[0]) > 0.9
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_the_page_on_deployment_works_as_operators_would_type_it_and_counts_what_the_kernel_counts(
+    tmp_path: Path,
+) -> None:
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    certs, server, *clients = (block.strip() for block in blocks)
+    assert len(clients) == 2
+    port = free_port()
+    bin_ = Path(sys.executable).parent
+    *others, last = clients
+    script = "\n".join(
+        [
+            "set -eu", f"export PATH={bin_}:$PATH",
+            "ip link set lo up", "carried() { awk '/lo:/ {print $2}' /proc/self/net/dev; }", "before=$(carried)",
+            certs, f"{server} & one=$!", *(f"{client} &" for client in others), last, "wait $one",
+            "echo carried $(($(carried) - before))",
+        ]
+    ).replace("localhost:50051", f"localhost:{port}").replace("--rounds 15", "--rounds 3")  # fmt: skip
+    alone = subprocess.run(["unshare", "-n", "true"], capture_output=True) if shutil.which("unshare") else None
+    if alone is None or alone.returncode:
+        pytest.skip("needs a network namespace of its own, for the kernel to count in")
+    done = subprocess.run(
+        ["unshare", "-n", "bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "runs" / "server"
+    assert "splitfed_v2" in (out / "report.html").read_text()
+    assert (out / "model.safetensors").is_file()
+    (record,) = out.glob("trials/*/record.json")
+    nbytes = json.loads(record.read_text())["nbytes"]
+    counted = sum(sum(kinds.values()) for kinds in nbytes.values())
+    found = re.search(r"carried (\d+)", done.stdout)
+    assert found is not None
+    assert counted < int(found[1]) < 1.05 * counted  # TLS, HTTP/2, TCP and IP come on top
 
 
 def test_there_are_examples() -> None:
