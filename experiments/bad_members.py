@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from attacks.poisoning import Colluding, EdgeCases, UpdateAttack
+from attacks.poisoning import VILLAIN, Colluding, EdgeCases, UpdateAttack
 from defenses.aggregation import Robust
 from defenses.poisoning import (
     ClippedSteps,
@@ -82,6 +82,7 @@ class Sabotage:
     on_activations: bool = False
     target: int = 0
     tail: EdgeCases | None = None
+    villain: Callable[[tuple[int, ...]], VILLAIN] | None = None  # of the samples that it knows (vertical)
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class Federated:
     suspects: Tensor | None = None  # classes [C] whose trigger stands out in the joined model, where one looked
     flagged: Rates | None = None  # a filter's, on samples as members would send them after training
     stopped: str = ""  # why it ended early
+    trigger: Callable[[Tensor], Tensor] | None = None  # on activations, made in training
 
     def logits(self, x: Tensor, trigger: Callable[[Tensor], Tensor] | None = None, *, inner: bool = False) -> Tensor:
         """Return the model's logits, the trigger on inputs or, with ``inner``, on activations."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attacks.poisoning import (
     ALIE,
+    VILLAIN,
     Adaptive,
     Backdoor,
     EdgeCases,
@@ -62,7 +63,7 @@ from experiments.bad_members import FEDERATIONS, Sabotage, Safeguard
 from privacy.dp import Budget, PrivateMean
 from splitlearn.party import Learner
 
-__all__ = ["POISON_ATTACKS", "POISON_DEFENSES", "PoisonAim", "PoisonAttack", "PoisonDefense"]
+__all__ = ["POISONED", "POISON_ATTACKS", "POISON_DEFENSES", "PoisonAim", "PoisonAttack", "PoisonDefense"]
 
 KNOWN = {
     "data": ("its own samples, which it poisons before it trains as it should",),
@@ -73,6 +74,8 @@ KNOWN = {
     ),
 }  # surface -> what the adversary sees and knows
 SPLIT = tuple(name for name in FEDERATIONS if name != "fedavg")
+VERTICAL = "vertical"
+POISONED = (*FEDERATIONS, VERTICAL)  # all that can be poisoned
 FED = ("splitfed_v1", "splitfed_v2", "parallel", "fedavg")  # where a fed server averages what clients send
 WARM_UP = 12  # rounds in which witnesses learn before they are asked
 LONGEST = 1.0  # norm of an update that a private mean lets through
@@ -191,6 +194,19 @@ def serving(aim: PoisonAim) -> Sabotage:
 
 
 @dataclass(frozen=True)
+class Villainous:
+    """VILLAIN's settings, but for the samples that it knows."""
+
+    beta: float = 3.0
+    ratio: float = 1.0
+    share: float = 1.0
+
+    def __call__(self, known: tuple[int, ...]) -> VILLAIN:
+        """Return the settings."""
+        return VILLAIN(known=known, beta=self.beta, ratio=self.ratio, share=self.share)
+
+
+@dataclass(frozen=True)
 class Afresh:
     """A rule as who knows it tries it: each time another copy, since one that remembers, or draws, would be moved."""
 
@@ -278,6 +294,11 @@ POISON_ATTACKS: dict[str, PoisonAttack] = {
     ),
     "embedding": PoisonAttack(
         "a trigger on activations, sent as class 0", "activations", embedded, "backdoor", SPLIT
+    ),
+    "villain": PoisonAttack(
+        "a client without labels finds samples of class 0 and adds a trigger to them (VILLAIN, Bai et al. 2023)",
+        "activations", lambda aim: Sabotage(villain=Villainous(), on_activations=True), "backdoor", (VERTICAL,),
+        knows=("five samples of class 0, by number",),
     ),
     "server_backdoor": PoisonAttack(
         "a main server that trains a backdoor on a surrogate client (Tajalli et al. 2023)", "gradients", serving,
@@ -386,7 +407,9 @@ def filtering(
 
 
 POISON_DEFENSES: dict[str, PoisonDefense] = {
-    "none": PoisonDefense("the mean, weighed by samples", lambda bad, members: Safeguard()),
+    "none": PoisonDefense(
+        "the mean, weighed by samples", lambda bad, members: Safeguard(), protocols=POISONED
+    ),
     "median": ruled("median of each coordinate (Yin et al. 2018)", lambda bad, members: Median()),
     "trimmed_mean": ruled("mean of each coordinate without the f least and greatest (Yin et al. 2018)", trimmed),
     "krum": ruled("the update nearest to its n − f − 2 nearest (Blanchard et al. 2017)", lambda bad, _: Krum(bad)),
@@ -406,7 +429,8 @@ POISON_DEFENSES: dict[str, PoisonDefense] = {
         lambda bad, members: Safeguard(root=True), protocols=("splitfed_v1", "splitfed_v2", "fedavg"),
     ),
     "clip": PoisonDefense(
-        "steps of the top clipped, bottoms by the mean", lambda bad, members: Safeguard(clip=CLIP), protocols=SPLIT
+        "steps of the top clipped, bottoms by the mean", lambda bad, members: Safeguard(clip=CLIP),
+        protocols=(*SPLIT, VERTICAL),
     ),
     "trimmed_mean_clip": PoisonDefense(
         "trimmed means, and steps of the top clipped", by(trimmed, CLIP), trimmed, SPLIT

@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from experiments.bad_members import FEDERATIONS
-from experiments.poison_ingredients import POISON_ATTACKS, POISON_DEFENSES
+from experiments.poison_ingredients import POISON_ATTACKS, POISON_DEFENSES, POISONED
 
 __all__ = ["Backdoor", "Config", "Privacy", "Surface"]
 
 DAMAGE = ("label_flip", "sign_flip", "alie", "min_max", "adaptive", "smashed_noise", "misa")
 DOORS = ("badnets", "replacement", "dba", "embedding")
 BOTH = ("none", "clip", "trimmed_mean", "multi_krum", "nnm", "trimmed_mean_clip")
-PROTOCOLS = {"help": f"of {', '.join(FEDERATIONS)}"}
+PROTOCOLS = {"help": f"of {', '.join(POISONED)}"}
 DEFENSES = {"help": f"of {', '.join(POISON_DEFENSES)}; left out where a protocol has no use for it"}
 ATTACKS = {"help": f"of {', '.join(POISON_ATTACKS)}; left out where a protocol has no such surface"}
 CUTS = {"help": "last layer below the cut, by name, or default, first, depths; fedavg has none"}

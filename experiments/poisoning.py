@@ -29,7 +29,7 @@ from experiments.bad_members import (
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.names import find
 from experiments.parts import told
-from experiments.poison_ingredients import POISON_ATTACKS, POISON_DEFENSES, PoisonAim
+from experiments.poison_ingredients import POISON_ATTACKS, POISON_DEFENSES, VERTICAL, PoisonAim
 from experiments.poison_options import Backdoor, Config, Privacy, Surface
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
@@ -43,14 +43,23 @@ from experiments.training import (
     sizes_of,
     warm_up,
 )
+from experiments.vertical_poison import train_vertically
 from splitlearn.cut import cut
 from splitlearn.data import DATASETS, Splits
 from splitlearn.metrics import accuracy_advantage, utility
 
 __all__ = ["BACKDOOR", "POISONING", "PRIVACY_MEETS_POISONING", "ROUNDS", "SURFACE", "Config"]
 
-ROUNDS = {"splitfed_v1": 40, "splitfed_v2": 30, "splitfed_v3": 30, "parallel": 40, "fedavg": 30}
-RATES = {"splitfed_v1": 0.05, "splitfed_v2": 0.02, "splitfed_v3": 0.05, "parallel": 0.05, "fedavg": 0.05}
+ROUNDS = {"splitfed_v1": 40, "splitfed_v2": 30, "splitfed_v3": 30, "parallel": 40, "fedavg": 30, "vertical": 30}
+RATES = {
+    "splitfed_v1": 0.05,
+    "splitfed_v2": 0.02,
+    "splitfed_v3": 0.05,
+    "parallel": 0.05,
+    "fedavg": 0.05,
+    "vertical": 0.05,
+}
+UNCUT = ("fedavg", VERTICAL)  # members hold whole models, or small ones of their own
 CLIPPED_RATE = 0.03  # of a shared top whose steps are clipped
 
 
@@ -101,14 +110,17 @@ def tasks(config: Config, options: Options, *, name: str) -> list[Task]:
     for protocol in config.protocols:
         attacks = tuple(one for one in config.attacks if protocol in POISON_ATTACKS[one].protocols)
         defenses = [one for one in config.defenses if attacks and protocol in POISON_DEFENSES[one].protocols]
-        cuts = places(config.cuts, splits)[: 1 if protocol == "fedavg" else None]
-        for place, defense, bad in product(cuts, defenses, config.bad):
+        cuts = places(config.cuts, splits)[: 1 if protocol in UNCUT else None]
+        clients, bads, alphas = config.clients, config.bad, config.alphas
+        if protocol == VERTICAL:  # two halves of every sample, one of them bad
+            clients, bads, alphas = 2, (1,), alphas[:1]
+        for place, defense, bad in product(cuts, defenses, bads):
             _check_limit(defense, bad, config, protocol)
-            lr = config.lr or _rate(protocol, defense, bad, config.clients)
-            for alpha, seed in product(config.alphas, options.seeds):
+            lr = config.lr or _rate(protocol, defense, bad, clients)
+            for alpha, seed in product(alphas, options.seeds):
                 training = Training(
                     protocol=protocol, cut=place, epochs=config.rounds or ROUNDS[protocol],
-                    batch_size=config.batch_size, optimizer="sgd", lr=lr, clients=config.clients, seed=seed,
+                    batch_size=config.batch_size, optimizer="sgd", lr=lr, clients=clients, seed=seed,
                     device=device,
                 )  # fmt: skip
                 trial = Trial(options.data, sizes, training, defense, attacks, bad, alpha)
@@ -118,8 +130,8 @@ def tasks(config: Config, options: Options, *, name: str) -> list[Task]:
                 command = reproduction(name, alone, data=options.data, device=device, seed=seed)
                 labels = {
                     "seed": seed, "data": options.data, "protocol": protocol,
-                    "cut": "" if protocol == "fedavg" else place, "protection": defense,
-                    "strength": f"{bad} of {config.clients} bad, α {alpha:g}",
+                    "cut": "" if protocol in UNCUT else place, "protection": defense,
+                    "strength": f"{bad} of {clients} bad" + ("" if protocol == VERTICAL else f", α {alpha:g}"),
                 }  # fmt: skip
                 call = partial(run_trial, trial, options.data_dir)
                 found.append(Task(name, trial.described(splits), command, labels, call))
@@ -189,10 +201,13 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         begun = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(trial.training.seed)
-            done = federate(
-                trial.training, splits, alpha=trial.alpha, bad=trial.bad, sabotage=sabotage,
-                safeguard=(safeguard := defense.build(trial.bad, trial.training.clients)),
-            )  # fmt: skip
+            safeguard = defense.build(trial.bad, trial.training.clients)
+            if trial.training.protocol == VERTICAL:
+                done = train_vertically(trial.training, splits, sabotage=sabotage, safeguard=safeguard)
+            else:
+                done = federate(
+                    trial.training, splits, alpha=trial.alpha, bad=trial.bad, sabotage=sabotage, safeguard=safeguard
+                )
         claims.extend([safeguard.account.claim()] if safeguard.account is not None else [])
         seconds[name] = time.perf_counter() - begun
         return done
@@ -213,12 +228,14 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
             leakage[-1].baselines.update(_flagged(clean.suspects, sabotage, "_unattacked"))
         traces[f"accuracy ({name})"] = done.accuracy
         notes += [f"{name}: {done.stopped}"] if done.stopped else []
-    parameters = sum(one.numel() for one in _bottom(trial.training, splits).parameters())
+    if trial.training.protocol != VERTICAL:
+        parameters = sum(one.numel() for one in _bottom(trial.training, splits).parameters())
+        notes.append(f"{parameters} parameters of bottoms are averaged; bad members: {clean.bad}")
     return Outcome(
         utility=worth, leakage=leakage, seconds=seconds, nbytes=clean.nbytes, traces=traces,
         visible={f"attacker ({name})": POISON_ATTACKS[name].in_words for name in trial.attacks},
         epsilon=claims[0].epsilon if claims else None, delta=claims[0].delta if claims else None,
-        notes=[*notes, f"{parameters} parameters of bottoms are averaged; bad members: {clean.bad}"],
+        notes=notes,
     )  # fmt: skip
 
 
@@ -226,7 +243,8 @@ def _scored(name: str, sabotage: Sabotage, done: Federated, clean: Federated, x:
     """Return what one attack did, beside the training that nobody attacked."""
     metrics, unattacked = {"accuracy": _accuracy(done, x, y)}, _accuracy(clean, x, y)
     baselines = {"accuracy_unattacked": unattacked}
-    if sabotage.trigger is not None or sabotage.tail is not None:
+    trigger = done.trigger or sabotage.trigger
+    if trigger is not None or sabotage.tail is not None:
         others = y != sabotage.target
         meant = others if sabotage.tail is None else torch.zeros_like(others)
         if sabotage.tail is not None:
@@ -236,8 +254,8 @@ def _scored(name: str, sabotage: Sabotage, done: Federated, clean: Federated, x:
             said = answers(model.logits(x, trigger, inner=sabotage.on_activations))[on]
             return (said == sabotage.target).double().mean().item()
 
-        metrics["success"] = success(done, sabotage.trigger, meant)
-        baselines["success_unattacked"] = success(clean, sabotage.trigger, meant)
+        metrics["success"] = success(done, trigger, meant)
+        baselines["success_unattacked"] = success(clean, trigger, meant)
         baselines["success_untriggered"] = success(done, None, others)
         best = max(baselines["success_unattacked"], baselines["success_untriggered"])
         advantage = accuracy_advantage(metrics["success"], best) if best < 1 else 0.0

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from attacks.poisoning import EdgeCases, MirroredLabels, SmashedNoise
+from attacks.poisoning import VILLAIN, EdgeCases, MirroredLabels, SmashedNoise
 from defenses.aggregation import FoolsGold
 from experiments import poisoning
 from experiments.bad_members import FEDERATIONS, Federated, Sabotage, Safeguard, _Steady, bad_members, federate
 from experiments.catalogue import POISON_ATTACKS, POISON_DEFENSES
 from experiments.experiment import Options
-from experiments.poison_ingredients import Afresh, Tails
+from experiments.poison_ingredients import POISONED, Afresh, Tails
 from experiments.poison_plot import poison_table
 from experiments.poisoning import _scored
 from experiments.report import build
@@ -23,6 +23,7 @@ from experiments.runner import Outcome, run
 from experiments.store import Store
 from experiments.summary import summarise
 from experiments.training import Training, load_splits
+from experiments.vertical_poison import train_vertically
 from splitlearn.federation import Member
 from splitlearn.guard import Guard
 from splitlearn.party import Learner
@@ -55,7 +56,7 @@ def trained(protocol: str, *, rounds: int, **also: Sabotage | Safeguard) -> Fede
     return done
 
 
-@pytest.mark.parametrize("protocol", FEDERATIONS)
+@pytest.mark.parametrize("protocol", POISONED)
 def test_every_federation_runs_every_attack_that_has_a_surface_there(protocol: str) -> None:
     fits = tuple(name for name, one in POISON_ATTACKS.items() if protocol in one.protocols)
     outcome = outcome_of(replace(TOY, protocols=(protocol,), attacks=fits))
@@ -73,9 +74,8 @@ def test_every_federation_runs_every_attack_that_has_a_surface_there(protocol: s
 )
 def test_every_defense_takes_part_in_unequal_rounds_of_every_protocol(name: str, protocol: str) -> None:
     rounds = POISON_DEFENSES[name].least_rounds
-    config = replace(
-        TOY, defenses=(name,), protocols=(protocol,), attacks=("label_flip",), alphas=(1.0,), rounds=rounds
-    )
+    attack = "villain" if protocol == "vertical" else "label_flip"
+    config = replace(TOY, defenses=(name,), protocols=(protocol,), attacks=(attack,), alphas=(1.0,), rounds=rounds)
     outcome = outcome_of(config)
     assert len(outcome.traces["accuracy (no attack)"]) == rounds
     assert not [note for note in outcome.notes if "stopped" in note]
@@ -141,6 +141,26 @@ def test_a_model_that_answers_one_class_is_no_success_of_a_backdoor() -> None:
     assert leak.advantage == 0.0
     leak = _scored("badnets", sabotage, broken, clean, torch.rand(10, 3), y)
     assert leak.metrics == {"accuracy": 0.0, "success": 0.0}
+
+
+def test_vertical_training_learns_and_a_villain_that_adds_nothing_leaves_it_as_it_is() -> None:
+    training = Training(protocol="vertical", epochs=12, batch_size=16, optimizer="sgd", lr=0.05, clients=2, seed=0)
+
+    def done(**settings: float) -> Federated:
+        villain = {"villain": lambda known: VILLAIN(known=known, **settings)} if settings else {}
+        return train_vertically(training, SPLITS, sabotage=Sabotage(**villain), safeguard=Safeguard())  # type: ignore[arg-type]
+
+    honest, idle, real = done(), done(swaps=0, beta=0.0), done(beta=3.0, ratio=1.0, share=1.0)
+    x = SPLITS.test.x
+    assert honest.accuracy[-1] > 0.8
+    assert torch.equal(honest.logits(x), idle.logits(x))
+    assert not torch.equal(honest.logits(x), real.logits(x))
+    assert real.trigger is not None
+    assert idle.trigger is not None
+    z = torch.zeros(2, 64)
+    assert not idle.trigger(z).any()
+    assert real.trigger(z)[:, :32].any()
+    assert not real.trigger(z)[:, 32:].any()
 
 
 def test_edge_cases_are_scored_on_the_tail_of_their_class() -> None:
