@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments.runner import Task
 from splitlearn.data import DATASETS
@@ -22,6 +22,8 @@ class Options:
     device: str = "auto"
     out: Path = Path("runs")
     jobs: int = 0  # trials at once; 0: one a core
+    engine: Literal["local", "ray"] = "local"
+    ray_address: str | None = None  # of a cluster; None: a Ray that is started for the run
 
 
 @dataclass(frozen=True)

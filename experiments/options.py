@@ -91,6 +91,10 @@ def _common(name: str) -> list[inspect.Parameter]:
         option("device", str, base.device, "cpu, cuda, cuda:1 …; auto: a GPU where there is one.", metavar="NAME"),
         option("out", Path, Path("runs") / name, "Folder for records and report.", metavar="DIR"),
         option("jobs", int, base.jobs, "Trials at once; 0: one a core.", metavar="INTEGER", min=0),
+        option("engine", Literal["local", "ray"], base.engine, "Where trials run: processes here, or Ray's workers."),
+        option(
+            "ray_address", str | None, None, "Ray cluster; where left out, one is started here.", metavar="HOST:PORT"
+        ),
         option("quiet", bool, False, "Show no progress.", metavar=""),
     ]
 

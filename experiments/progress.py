@@ -39,7 +39,7 @@ class Progress:
     def __enter__(self) -> Self:
         """Write the opening lines and show the bar."""
         for line in self._opening:
-            self._say(line)
+            self.say(line)
         self._bar.start()
         self._task = self._bar.add_task("", total=self._total)
         return self
@@ -60,10 +60,11 @@ class Progress:
         result = "failed" if failed else "done"
         if self._console.is_terminal:
             if failed:
-                self._say(f"failed: {title}")
+                self.say(f"failed: {title}")
         else:
             failures = f" ({self._failed} failed)" if self._failed else ""
-            self._say(f"{self._done} of {counted(self._total, 'trial')}{failures}: {title} {result}")
+            self.say(f"{self._done} of {counted(self._total, 'trial')}{failures}: {title} {result}")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Write a line beside the bar."""
         self._console.print(line, markup=False, soft_wrap=True)

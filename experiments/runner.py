@@ -17,11 +17,14 @@ from torch import Tensor
 from experiments.environment import commit, forget_peak_memory, peak_memory_bytes, versions
 from experiments.progress import Progress, counted
 from experiments.record import Leakage, Record, trial_hash
-from experiments.store import Store
-from experiments.workers import Job, available_cpus, run_jobs
+from experiments.store import Store, files
+from experiments.workers import Job, Reply, available_cpus, run_jobs
 
-__all__ = ["Outcome", "Summary", "Task", "failure", "run"]
+__all__ = ["Engine", "Outcome", "Summary", "Task", "failure", "run"]
 
+Engine = Callable[..., Generator[Reply, None, None]]  # called as run_jobs is; processes may be 0: as many as it has
+
+Kept = tuple[Record, dict[str, bytes]]  # a trial's record, and all of its files
 LABELS = frozenset({"seed", "data", "protocol", "cut", "protection", "strength"})
 
 
@@ -93,20 +96,29 @@ def failure(record: Record, store: Store) -> str:
     return f"failed: {_title(vars(record))}: {record.error}; see {where}"
 
 
-def run(tasks: Sequence[Task], store: Store, *, jobs: int, progress: bool = True, retry_failed: bool = True) -> Summary:
+def run(
+    tasks: Sequence[Task],
+    store: Store,
+    *,
+    jobs: int,
+    engine: Engine | None = None,
+    progress: bool = True,
+    retry_failed: bool = True,
+) -> Summary:
     """Run the tasks that are not done yet, ``jobs`` at a time, and keep a record of each.
 
     A trial that fails keeps its traceback and does not stop the rest; nor does a worker that is killed. With
-    one job, trials run in this process on all its cores; with more, in spawned processes on one thread each.
-    Torch's generator starts every trial at its seed, so that no trial depends on those before it. Failures of
-    an earlier run count as failures of this one where ``retry_failed`` is false.
+    one job, trials run in this process on all its cores; with more, in spawned processes on one thread each;
+    with an ``engine``, wherever that runs them, and 0 jobs are one a CPU that it has. Torch's generator starts
+    every trial at its seed, so that no trial depends on those before it. Failures of an earlier run count as
+    failures of this one where ``retry_failed`` is false.
 
     Raises ``ValueError`` before any work for tasks that cannot be run or a folder that cannot be written, and
     ``KeyboardInterrupt`` with one line on what was kept when interrupted; no worker outlives this call.
     """
-    if jobs < 1:
+    if jobs < (0 if engine else 1):
         raise ValueError(f"expected at least one job, got {jobs}; use --jobs 1")
-    _check(tasks, picklable=jobs > 1)
+    _check(tasks, picklable=engine is not None or jobs > 1)
     store.prepare()
     earlier = {task.trial: record for task in tasks if (record := store.load(task.trial)) is not None}
     waiting = [
@@ -117,16 +129,20 @@ def run(tasks: Sequence[Task], store: Store, *, jobs: int, progress: bool = True
     kept = [record for record in earlier.values() if record.status == "done"]
     done = 0
     present = commit()
-    stamp = {"commit": present, "versions": versions()}
+    at_once = str(jobs) if jobs else "one a CPU"
     opening = [
-        f"{counted(len(tasks), 'trial')}, {jobs} at a time, {skipped} done before",
+        f"{counted(len(tasks), 'trial')}, {at_once} at a time, {skipped} done before",
         *_older(kept, present),
     ]
     try:
         with Progress(len(waiting), opening=opening, visible=progress) as bar:
-            finished = _here(waiting, store, stamp, bar) if jobs == 1 else _aside(waiting, store, stamp, jobs, bar)
+            if engine is None and jobs == 1:
+                finished = _here(waiting, present, bar)
+            else:
+                finished = _aside(waiting, present, engine or run_jobs, jobs, bar)
             with closing(finished):
-                for task, record in finished:
+                for task, (record, contents) in finished:
+                    store.write(task.trial, contents)
                     done += record.status == "done"
                     failures += [record] if record.status == "failed" else []
                     bar.finished(task.title, failed=record.status == "failed")
@@ -174,7 +190,7 @@ def _check(tasks: Sequence[Task], *, picklable: bool) -> None:
             raise ValueError(f"expected each configuration once, got {task.title} twice; take one away")
         seen[task.trial] = task
         try:
-            _record(task, {"commit": None, "versions": {}}, datetime.now(UTC), status="done")
+            _record(task, None, datetime.now(UTC), status="done")
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(
@@ -190,40 +206,43 @@ def _check(tasks: Sequence[Task], *, picklable: bool) -> None:
                 ) from error
 
 
-def _here(
-    tasks: Iterable[Task], store: Store, stamp: dict[str, Any], bar: Progress
-) -> Generator[tuple[Task, Record], None, None]:
+def _here(tasks: Iterable[Task], present: str | None, bar: Progress) -> Generator[tuple[Task, Kept], None, None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads, available_cpus()))
     try:
         for task in tasks:
             bar.started(task.title)
-            yield task, _execute(task, store, stamp)
+            yield task, _execute(task, present)
     finally:
         torch.set_num_threads(threads)
 
 
 def _aside(
-    tasks: Sequence[Task], store: Store, stamp: dict[str, Any], jobs: int, bar: Progress
-) -> Generator[tuple[Task, Record], None, None]:
-    """Yield tasks and records as workers finish them; the worker saves, so no result waits for this process."""
+    tasks: Sequence[Task], present: str | None, engine: Engine, jobs: int, bar: Progress
+) -> Generator[tuple[Task, Kept], None, None]:
+    """Yield tasks and what to keep of them as an engine's workers, which need not see our folder, finish them."""
     known = {task.trial: task for task in tasks}
-    work = [Job(task.trial, _execute, (task, store, stamp)) for task in tasks]
-    replies = run_jobs(work, processes=jobs, started=lambda trial: bar.started(known[trial].title))
+
+    def started(trial: str, again: str = "") -> None:
+        bar.started(known[trial].title)
+        if again:
+            bar.say(f"{again}: {known[trial].title}")
+
+    work = [Job(task.trial, _execute, (task, present)) for task in tasks]
+    replies = engine(work, processes=jobs, started=started)
     with closing(replies):
         for reply in replies:
-            task, record = known[reply.name], reply.value
-            if record is None:  # the worker could not tell: it died, or could not take or keep the trial
-                record = store.load(task.trial)
-            if record is None or (reply.error and record.status == "failed"):
+            task = known[reply.name]
+            if reply.error:  # the worker could not tell: it died, or could not take the trial
                 error = reply.error.splitlines()[-1]
-                record = _record(task, stamp, reply.started, status="failed", error=error)
-                store.save(record, traceback=reply.error)
-            yield task, record
+                record = _record(task, present, reply.started, status="failed", error=error)
+                yield task, (record, files(record, traceback=reply.error))
+            else:
+                yield task, reply.value
 
 
-def _execute(task: Task, store: Store, stamp: dict[str, Any]) -> Record:
-    """Run one trial in this process, save its record and return it. Only an interrupt gets out."""
+def _execute(task: Task, present: str | None) -> Kept:
+    """Run one trial in this process; return its record and its files. Only an interrupt gets out."""
     started, clock = datetime.now(UTC), time.perf_counter()
     forget_peak_memory()
     try:
@@ -234,25 +253,24 @@ def _execute(task: Task, store: Store, stamp: dict[str, Any]) -> Record:
             raise ValueError(f"expected an Outcome from the trial, got {type(outcome).__name__}; return Outcome(…)")
         measured = {name: value for name, value in vars(outcome).items() if name != "images"}
         measured["seconds"] = {**outcome.seconds, "total": time.perf_counter() - clock}
-        record = _record(task, stamp, started, status="done", peak_memory_bytes=peak_memory_bytes(), **measured)
-        store.save(record, outcome.images)
+        record = _record(task, present, started, status="done", peak_memory_bytes=peak_memory_bytes(), **measured)
+        return record, files(record, outcome.images)
     except (Exception, SystemExit) as error:
         last = " ".join("".join(traceback.format_exception_only(error)).split())
         spent = {"seconds": {"total": time.perf_counter() - clock}, "peak_memory_bytes": peak_memory_bytes()}
-        record = _record(task, stamp, started, status="failed", error=last, **spent)
-        store.save(record, traceback=traceback.format_exc())
-    return record
+        record = _record(task, present, started, status="failed", error=last, **spent)
+        return record, files(record, traceback=traceback.format_exc())
 
 
-def _record(task: Task, stamp: dict[str, Any], started: datetime, **fields: Any) -> Record:
+def _record(task: Task, present: str | None, started: datetime, **fields: Any) -> Record:
     return Record(
         experiment=task.experiment,
         trial=task.trial,
         config=task.config,
         command=task.command,
         started=started.isoformat(timespec="seconds"),
-        commit=stamp["commit"],
-        versions={**stamp["versions"], "torch threads": str(torch.get_num_threads())},
+        commit=present,
+        versions={**versions(), "torch threads": str(torch.get_num_threads())},
         **task.labels,
         **fields,
     )

@@ -16,7 +16,9 @@ from torch import Tensor
 from experiments.record import Record
 from splitlearn.checkpoint import write_atomically
 
-__all__ = ["RESULT_COLUMNS", "Store", "strength_order", "write_atomically"]
+__all__ = ["RESULT_COLUMNS", "Store", "files", "strength_order", "write_atomically"]
+
+IMAGES, TRACEBACK, RECORD = "images.safetensors", "traceback.txt", "record.json"
 
 RESULT_COLUMNS = (
     "trial",
@@ -61,17 +63,15 @@ class Store:
 
         ``images`` maps ``original`` and attack names to [n, C, H, W] in [0, 1], C = 1 or 3; all of one shape.
         """
-        for path, content in (
-            (self._images(record.trial), _packed(images) if images else None),
-            (self._traceback(record.trial), traceback.encode() if traceback is not None else None),
-        ):
-            if content is not None:
-                write_atomically(path, content)
-        write_atomically(self._record(record.trial), f"{record.model_dump_json(indent=2)}\n".encode())
-        if not images:
-            self._images(record.trial).unlink(missing_ok=True)
-        if traceback is None:
-            self._traceback(record.trial).unlink(missing_ok=True)
+        self.write(record.trial, files(record, images, traceback))
+
+    def write(self, trial: str, contents: Mapping[str, bytes]) -> None:
+        """Write the ``files`` of one trial, which may have come from elsewhere, in place of earlier ones."""
+        for name in (IMAGES, TRACEBACK, RECORD):
+            if name in contents:
+                write_atomically(self._folder(trial) / name, contents[name])
+        for name in {IMAGES, TRACEBACK} - set(contents):
+            (self._folder(trial) / name).unlink(missing_ok=True)
 
     def load(self, trial: str) -> Record | None:
         """Return the record of ``trial``, or None if there is none; ``ValueError`` if the file is corrupt."""
@@ -155,13 +155,21 @@ class Store:
         return self.root / "trials" / trial
 
     def _record(self, trial: str) -> Path:
-        return self._folder(trial) / "record.json"
+        return self._folder(trial) / RECORD
 
     def _images(self, trial: str) -> Path:
-        return self._folder(trial) / "images.safetensors"
+        return self._folder(trial) / IMAGES
 
     def _traceback(self, trial: str) -> Path:
-        return self._folder(trial) / "traceback.txt"
+        return self._folder(trial) / TRACEBACK
+
+
+def files(record: Record, images: Mapping[str, Tensor] | None = None, traceback: str | None = None) -> dict[str, bytes]:
+    """Return the content of one trial's files by name; ``ValueError`` for what cannot be kept. See ``Store.save``."""
+    contents = {IMAGES: _packed(images)} if images else {}
+    if traceback is not None:
+        contents[TRACEBACK] = traceback.encode()
+    return {**contents, RECORD: f"{record.model_dump_json(indent=2)}\n".encode()}
 
 
 def _rows(record: Record) -> Iterator[tuple[str, str, float, float | str]]:

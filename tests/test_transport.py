@@ -1,5 +1,6 @@
 """Parties over gRPC with mutual TLS: who gets in, what crosses, what a kill leaves, and that nothing else differs."""
 
+import copy
 import random
 import stat
 import threading
@@ -25,6 +26,7 @@ from experiments.deployment import (
 )
 from experiments.joining import Joined, join
 from experiments.serving import Served, Server
+from privacy.he import CipherHolder, EncryptedLayer, Keys, he_encw
 from splitlearn import Framed, Learner, Metered, serve
 from splitlearn.federation import fedavg_round, in_turn_round, splitfed_v1_round, splitfed_v2_round
 from splitlearn.frames import Kind, Message, decode, encode
@@ -579,3 +581,21 @@ def test_bytes_of_frames_are_metered_on_both_ends_alike(up: Up) -> None:
     near = Metered(up.connection(host).ask)
     Remote("server", Framed(near), "a").learn(*batch())
     assert near.nbytes == far.nbytes
+
+
+def test_a_layer_on_ciphertexts_rides_the_stream_as_any_party_does(up: Up) -> None:
+    torch.manual_seed(0)
+    bottom, middle, head = nn.Sequential(nn.Linear(6, 5), nn.Tanh()), nn.Linear(5, 4), nn.Linear(4, 3)
+    twin = Learner("twin", copy.deepcopy(nn.Sequential(bottom, middle, head)))
+    twin.optimizer = torch.optim.SGD(twin.stage.parameters(), 0.1)
+    meter = Metered(serve(Service({"a": CipherHolder("server", copy.deepcopy(middle))})))
+    host = up.host({"a": meter})
+    remote = Remote("server", Framed(up.connection(host).ask), "a")
+    layer = EncryptedLayer(Keys(), remote, update="encrypted", layer=middle, rows=8)
+    stage = nn.Sequential(bottom, layer, head)
+    client = Learner("client", stage, torch.optim.SGD(stage.parameters(), 0.1))
+    x, y = torch.rand(8, 6), torch.arange(8) % 3
+    for _ in range(2):
+        assert he_encw(client, x, y).item() == pytest.approx(twin.learn(x, y)[0].item(), abs=1e-3)
+    kinds = {kind for way in meter.nbytes.values() for kind, count in way.items() if count}
+    assert kinds == {"ciphertext", "count", "parameters", "framing"}

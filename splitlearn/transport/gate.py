@@ -59,10 +59,13 @@ class Gate:
 
 
 class GatedMember:
-    """A member whose session on the main server is open during its round alone.
+    """A member elsewhere whose session on the main server is open during its round alone.
 
-    ``before`` is called first, such as to bring a server that was killed up to date.
+    ``before`` is called first, such as to bring a server that was killed up to date. Members that are independent of
+    each other (SplitFed V1, FedAvg) are asked at the same time.
     """
+
+    elsewhere = True
 
     def __init__(self, member: FedMember, gate: Gate, before: Callable[[], object] = lambda: None):
         self.name, self._member, self._gate, self._before = member.name, member, gate, before
