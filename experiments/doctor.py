@@ -52,6 +52,35 @@ with Servers() as servers:
 assert error < 1e-3, f"a layer on shares is wrong by {error}"
 print(f"two servers and a dealer answer on shares to within {error:.0e}")
 """,
+    "net": """
+import tempfile
+from pathlib import Path
+import torch
+from splitlearn import Framed, Remote, Service, serve
+from splitlearn.transport import Connection, Credentials, Host, issue, make_authority
+
+class Echo:
+    name = "a"
+    def forward(self, x):
+        return x
+
+with tempfile.TemporaryDirectory() as folder:
+    certs = Path(folder)
+    make_authority(certs)
+    issue(certs, "server", hosts=["localhost"])
+    issue(certs, "a")
+    host = Host("localhost:0", Credentials.read(certs, "server"), {"a": serve(Service({"a": Echo()}))})
+    connection = Connection(f"localhost:{host.start()}", Credentials.read(certs, "a"), patience=20)
+    x = torch.rand(4)
+    assert torch.equal(Remote("server", Framed(connection.ask), "a").forward(x), x), "what came back is something else"
+    connection.close()
+    host.stop(0)
+print("a frame went to a server and back by mutual TLS")
+""",
+    "ray": """
+import ray
+print(f"Ray {ray.__version__} is importable")
+""",
     "dp": """
 import dp_accounting
 from opacus.accountants import RDPAccountant
