@@ -19,6 +19,7 @@ __all__ = ["Killed", "bench_faults", "killed_training"]
 
 KILLS, ROUNDS, CLIENTS = 50, 60, ("a", "b")
 SETTLED = 60.0  # seconds within which what was restarted must get on
+GENTLE = 0.2  # of the kills are by SIGTERM, which a process may see to
 PAUSE = 1.0  # a kill comes within so many seconds of work after the last restart
 
 
@@ -27,7 +28,7 @@ class Killed(dict[str, Any]):
 
 
 def bench_faults() -> dict[str, Any]:
-    """Kill server or clients 50 times in a run, by SIGKILL at random moments; compare with a run that nobody kills."""
+    """Kill server or clients 50 times in a run, at random moments, most by SIGKILL; compare with a run that nobody kills."""
     found: dict[str, Any] = {}
     for protocol, kills in (("splitfed_v1", KILLS // 2), ("splitfed_v2", KILLS - KILLS // 2)):
         one = killed_training(protocol, kills=kills, rounds=ROUNDS, seed=0)
@@ -57,7 +58,7 @@ def killed_training(protocol: str, *, kills: int, rounds: int, seed: int) -> Kil
                 rough.get_on()
                 time.sleep(draw.uniform(0, PAUSE))
                 victim = draw.choice(sorted(hit))
-                rough.kill(victim)
+                rough.kill(victim, gently=draw.random() < GENTLE)
                 hit[victim] += 1
             rough.finish()
         finally:
@@ -108,9 +109,12 @@ class _Training:
                 raise RuntimeError(f"nobody got on within {SETTLED:g} s, or somebody failed:\n{self._logs()}")
             time.sleep(0.02)
 
-    def kill(self, name: str) -> None:
-        """Kill one by SIGKILL and start it again at once."""
-        self._processes[name].kill()
+    def kill(self, name: str, *, gently: bool) -> None:
+        """End one, by SIGTERM or by SIGKILL, and start it again at once."""
+        if gently:
+            self._processes[name].terminate()
+        else:
+            self._processes[name].kill()
         self._processes[name].wait()
         self._mark = max(self._last_step(), time.time())
         self._processes[name] = self._start(name)

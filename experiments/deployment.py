@@ -49,6 +49,8 @@ class Deployment:
             raise LookupError(f"expected a protocol among {', '.join(SERVED)}, got {self.protocol!r}")
         if self.data not in DATASETS:
             raise LookupError(f"expected a data set among {', '.join(DATASETS)}, got {self.data!r}")
+        if strange := [name for name in self.clients if "@" in name or "/" in name]:
+            raise ValueError(f"expected clients' names without @ and /, got {strange[0]!r}")
         if not self.clients or len(set(self.clients)) < len(self.clients):
             raise ValueError(f"expected clients, each of a name of its own, got {', '.join(self.clients) or 'none'}")
         if self.rounds < 1:
@@ -67,15 +69,21 @@ class Deployment:
         return json.dumps(asdict(self))
 
 
-def announced(text: str) -> Deployment:
-    """Return what a server announced; ``ValueError`` where this release cannot take part in it."""
+def announced(text: str) -> tuple[Deployment, str]:
+    """Return what a server announced, and its run's name; ``ValueError`` where this release cannot take part in it."""
     try:
-        found: dict[str, Any] = json.loads(text)
+        told: dict[str, Any] = json.loads(text)
+        found, run = told["training"], told["run"]
         known = {one.name for one in fields(Deployment)}
-        if not isinstance(found, dict) or set(found) != known:
+        if not isinstance(found, dict) or set(found) != known or not isinstance(run, str):
             raise ValueError("other settings than this release knows")
-        return Deployment(**{**found, "clients": tuple(found["clients"])})
-    except (ValueError, TypeError, LookupError) as error:
+        found["clients"] = tuple(map(str, found["clients"]))
+        usual = Deployment(("a",))  # each of whose settings has a default of its type
+        wrong = [name for name, value in found.items() if not isinstance(value, (type(getattr(usual, name)), int))]
+        if wrong:
+            raise ValueError(f"{wrong[0]} of another type")
+        return Deployment(**found), run
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f"expected a training that this release knows, got one that it does not ({error})") from error
 
 

@@ -23,14 +23,14 @@ class Joined:
     nbytes: int
 
 
-def offered(connection: Connection, name: str) -> Deployment:
-    """Return the training that the server offers to the client of this name."""
+def offered(connection: Connection, name: str) -> tuple[Deployment, str]:
+    """Return the training that the server offers to the client of this name, and its run's name."""
     found = Remote("server", Framed(connection.ask), f"{name}/{HELLO}").ask(HELLO, {})
     text = bytes(need(found, Kind.PARAMETERS).tolist()).decode(errors="replace")
-    deployment = announced(text)
+    deployment, run = announced(text)
     if name not in deployment.clients:
         raise ValueError(f"expected a training for {name}, got one for {', '.join(deployment.clients)}")
-    return deployment
+    return deployment, run
 
 
 def join(
@@ -52,7 +52,7 @@ def join(
     """
     connection = Connection(address, credentials, deadline=deadline, patience=patience)
     try:
-        deployment = offered(connection, name)
+        deployment, run = offered(connection, name)
         told(
             f"{deployment.protocol} on {deployment.data}, {deployment.rounds} rounds, {len(deployment.clients)} clients"
         )
@@ -61,7 +61,7 @@ def join(
         server = None if deployment.protocol == "fedavg" else Remote("server", Framed(meter), name)
         batches = own_batches(deployment, name, share_of(deployment, name, splits.private))
         path = private_folder(folder / "state") / f"{name}.safetensors"
-        member = LastingMember(client_learner(deployment, name, splits), server, batches, path, told=told)
+        member = LastingMember(client_learner(deployment, name, splits), server, batches, path, run=run, told=told)
         connection.answer(serve(Service({name: member})), until=lambda: member.finished)
         return Joined(member.rounds, member.loss, meter.total_nbytes)
     finally:

@@ -80,11 +80,14 @@ def server(
         running = Server(
             deployment, address, Credentials.read(folder, SERVER), out, data_dir=data_dir, deadline=deadline, told=_told
         )
-        served = running.run()
-    keep(running, served, out)
-    report.build(out)
+        try:
+            served = running.run()
+            keep(running, served, out)
+            report.build(out)
+        finally:
+            running.close()
     up, down = (sum(served.nbytes[way].values()) for way in ("up", "down"))
-    _told(f"done: accuracy {served.accuracy[-1]:.4f}, {up:,} bytes up and {down:,} down in this run's frames")
+    _told(f"done: accuracy {served.accuracy[-1]:.4f}, {up:,} bytes up and {down:,} down in frames")
     typer.echo(f"{out / 'model.safetensors'}\n{out / 'report.html'}")
 
 

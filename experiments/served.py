@@ -3,12 +3,12 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from experiments.environment import commit, versions
 from experiments.record import Record, trial_hash
 from experiments.serving import Served, Server
-from experiments.store import Store
+from experiments.store import Store, write_atomically
 from splitlearn.metrics import utility
 from splitlearn.train import predict
 
@@ -20,12 +20,14 @@ EXPERIMENT = "server"
 def keep(server: Server, served: Served, folder: Path) -> Record:
     """Write model.safetensors (the joined model's entries) and the record; return the record."""
     parts = [server.bottom] if server.top is None else [server.bottom, server.top]
-    save_file({name: tensor for part in parts for name, tensor in part.weights().items()}, folder / "model.safetensors")
+    model = {name: tensor for part in parts for name, tensor in part.weights().items()}
+    write_atomically(folder / "model.safetensors", save(model))
     deployment, test = server.deployment, server.splits.test
     config = {"experiment": EXPERIMENT, "data": deployment.data, **deployment.training.described()}
     config["clients"] = list(deployment.clients)
     words = ["splitlearn", "server", "--clients", ",".join(deployment.clients), "--protocol", deployment.protocol]
-    words += ["--data", deployment.data, "--rounds", str(deployment.rounds), "--seed", str(deployment.seed)]
+    for option in ("data", "cut", "rounds", "batch_size", "optimizer", "lr", "seed"):
+        words += [f"--{option.replace('_', '-')}", str(getattr(deployment, option))]
     record = Record(
         experiment=EXPERIMENT, trial=trial_hash(config), config=config, command=" ".join(words), status="done",
         seed=deployment.seed, data=deployment.data, protocol=deployment.protocol,

@@ -19,8 +19,9 @@ from splitlearn.party import Learner, Party
 from splitlearn.protocols import parallel
 
 __all__ = [
-    "Aggregator", "FedMember", "Member", "RemoteMember", "Round", "apart_round", "batch_norm_entries", "fedavg_round",
-    "in_turn_round", "mean", "parallel_round", "sample", "splitfed_v1_round", "splitfed_v2_round", "splitfed_v3_round",
+    "Aggregator", "FedMember", "Member", "NobodyFinishedError", "RemoteMember", "Round", "apart_round",
+    "batch_norm_entries", "fedavg_round", "in_turn_round", "mean", "parallel_round", "sample", "splitfed_v1_round",
+    "splitfed_v2_round", "splitfed_v3_round",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -236,6 +237,10 @@ def sample(members: Sequence[T], count: int, generator: torch.Generator) -> list
     return [members[place] for place in chosen.tolist()]
 
 
+class NobodyFinishedError(ValueError):
+    """A round that all members dropped out of."""
+
+
 class Named(Protocol):
     """What has a name."""
 
@@ -289,6 +294,8 @@ def _finished(
 ) -> tuple[list[Weights], list[int], Round]:
     """Return the weights, the counts and the record of a round that somebody finished."""
     if not results:
-        raise ValueError(f"expected a member to finish the round, all dropped out: {', '.join(dropped)}; run it again")
+        raise NobodyFinishedError(
+            f"expected a member to finish the round, all dropped out: {', '.join(dropped)}; run it again"
+        )
     counts = {name: count for name, (_, count) in results.items()}
     return [weights for weights, _ in results.values()], list(counts.values()), Round(counts, tuple(dropped))

@@ -43,6 +43,10 @@ class Caller:
         """Ask this session from now on."""
         self._session = session
 
+    def skip(self, count: int) -> None:
+        """Leave out so many steps: they may have been used."""
+        self._steps += count
+
     def state_dict(self) -> dict[str, Any]:
         """Return how many requests were made; with it, what goes on from a checkpoint asks what it asked before."""
         return {"steps": self._steps}
@@ -100,6 +104,10 @@ class Remote:
     def enter(self, session: str) -> None:
         """Ask this session from now on; steps go on."""
         self._ask.enter(session)
+
+    def skip(self, count: int) -> None:
+        """Leave out so many steps: they may have been used."""
+        self._ask.skip(count)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many requests were made: this side's part of the state, no stage's."""

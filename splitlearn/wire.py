@@ -87,7 +87,8 @@ class Framed:
         reply = decode(self._carrier(encode(message, self._codec)), self._codec, max_nbytes=self._max_nbytes)
         if Kind.ERROR in reply.tensors:
             text = bytes(reply.tensors[Kind.ERROR].flatten()[:MAX_ERROR_NBYTES].to(torch.uint8).tolist())
-            raise Refused(" ".join(text.decode(errors="replace").split()))  # one line, whatever the other end says
+            line = " ".join(text.decode(errors="replace").split())  # one line, whatever the other end says
+            raise Refused("".join(letter for letter in line if letter.isprintable()))
         return reply
 
 
@@ -103,9 +104,9 @@ def serve(transport: Transport, codec: Codec | None = None, *, max_nbytes: int =
             reply = transport.request(decode(frame, codec, max_nbytes=max_nbytes))
             if codec is None:
                 return encode(reply)
-            before = sent.setdefault(reply.session, deque(maxlen=REPEATED))
+            before = sent.setdefault(reply.session.partition("@")[0], deque(maxlen=REPEATED))
             for again, packed in before:
-                if again is reply:
+                if again.tensors is reply.tensors and again.step == reply.step:
                     return packed
             before.append((reply, encode(reply, codec)))
             return before[-1][1]
@@ -139,7 +140,10 @@ class Metered:
         return reply
 
     def _count(self, direction: str, frame: bytes) -> None:
-        counts = frame_nbytes(frame)
+        try:
+            counts = frame_nbytes(frame)
+        except ValueError:  # whoever reads it says what is wrong with it
+            counts = Counter({Kind.FRAMING.value: len(frame)})
         with self._lock:
             self.nbytes[direction].update(counts)
             self.frames += 1

@@ -1,6 +1,7 @@
 """Parties over gRPC with mutual TLS: who gets in, what crosses, what a kill leaves, and that nothing else differs."""
 
 import copy
+import os
 import random
 import stat
 import threading
@@ -38,6 +39,7 @@ from splitlearn.transport import (
     Connection,
     Credentials,
     Gate,
+    GatedMember,
     Host,
     Journal,
     Journaled,
@@ -202,7 +204,8 @@ def test_a_frame_over_the_size_is_refused_and_others_are_served_on(up: Up) -> No
 @pytest.mark.slow
 def test_ten_thousand_hostile_frames_crash_nothing_and_disturb_nobody(up: Up) -> None:
     far, near = learner("b"), learner("b")
-    host = up.host({"a": serve(Service({"a": learner("a")})), "b": serve(Service({"b": far}))}, max_nbytes=1 << 20)
+    carriers = {name: Metered(serve(Service({name: own}))) for name, own in (("a", learner("a")), ("b", far))}
+    host = up.host(carriers, max_nbytes=1 << 20)
     hostile = up.connection(host, "a")
     honest = Remote("server", Framed(up.connection(host, "b").ask), "b")
     draw = random.Random(0)
@@ -307,6 +310,22 @@ def test_a_client_that_comes_back_is_asked_again_what_it_did_not_answer(up: Up) 
     assert slow.asked == 1  # the repeat was answered from memory
 
 
+def test_a_client_that_waited_long_comes_back_when_the_connection_breaks(up: Up) -> None:
+    host = up.host({"a": serve(Service({"a": learner()}))}, deadline=20)
+    answering(up.connection(host, patience=0.5), Service({"a": Slow(0.0)}))
+    assert host.line("a").wait(10)
+    time.sleep(1.0)  # longer than the patience, in peace
+    for context in list(host._connections.values()):
+        context.cancel()
+    assert RemoteMember("a", Framed(host.line("a")), "a").round({"w": torch.zeros(2)})[1] == 7
+
+
+def test_a_meter_counts_what_is_no_frame_as_framing() -> None:
+    meter = Metered(serve(Service({"a": learner()})))
+    assert Kind.ERROR in decode(meter(b"nonsense")).tensors
+    assert meter.nbytes["up"] == {"framing": 8}
+
+
 def test_a_gate_lets_through_the_open_rounds_requests_alone() -> None:
     far = learner()
     gate = Gate("a", Service({"a": far}))
@@ -314,7 +333,9 @@ def test_a_gate_lets_through_the_open_rounds_requests_alone() -> None:
     for number, tag in enumerate(["x", "y"]):
         for session in ("a", f"a@{tag}", "a@"):
             remote.enter(session)
-            with pytest.raises(ValueError, match="a: expected a request of the round that is open"):
+            if session == f"a@{tag}":
+                continue  # which would wait for its round
+            with pytest.raises(ValueError, match="expected a"):
                 remote.learn(*batch())
         gate.open(tag)
         for session in ("a", "a@z"):
@@ -398,8 +419,11 @@ def test_a_service_remembers_as_many_exchanges_as_it_is_told_and_keeps_them_in_i
         Service({}, memory=0)
 
 
-def lasting(path: Path, service: Service, *, broken_after: int = 1 << 30) -> LastingMember:
-    """Return a member whose line breaks after so many requests."""
+def lasting(
+    path: Path, service: Service, *, broken_after: int = 1 << 30, error: type[Exception] = ConnectionError,
+    run: str = "", dropout: float = 0.0,
+) -> LastingMember:  # fmt: skip
+    """Return a member whose line breaks once, after so many requests, when the server has done what it was asked."""
     count = 0
 
     class Breaking:
@@ -407,15 +431,142 @@ def lasting(path: Path, service: Service, *, broken_after: int = 1 << 30) -> Las
             nonlocal count
             count += 1
             reply = replace(service.request(replace(message, session="a")), session=message.session)
-            if count > broken_after:
-                raise ConnectionError("killed")
+            if count == broken_after + 1:
+                raise error("killed")
             return reply
 
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(3))
     y = torch.arange(20) % 3
-    return LastingMember(
-        learner("client", seed=5, width=4), Remote("server", Breaking(), "a"), Batches(x, y, batch_size=4, seed=1), path
-    )
+    client = learner("client", seed=5, width=4)
+    if dropout:
+        stage = nn.Sequential(client.stage, nn.Dropout(dropout))
+        client = Learner("client", stage, torch.optim.SGD(stage.parameters(), 0.1, momentum=0.9))
+    batches = Batches(x, y, batch_size=4, seed=1)
+    return LastingMember(client, Remote("server", Breaking(), "a"), batches, path, run=run)
+
+
+def flat_top() -> Learner:
+    stage = nn.Linear(3, 3)
+    nn.init.eye_(stage.weight)
+    nn.init.zeros_(stage.bias)
+    return Learner("server", stage, torch.optim.SGD(stage.parameters(), 0.1, momentum=0.9))
+
+
+@pytest.mark.parametrize("error", [ConnectionError, ValueError])
+def test_a_member_that_is_refused_in_mid_round_is_as_before_randomness_and_all(
+    tmp_path: Path, error: type[Exception]
+) -> None:
+    calm, rough = flat_top(), flat_top()
+    whole = lasting(tmp_path / "calm", Service({"a": calm}), dropout=0.5)
+    start = whole.learner.weights()
+    wanted, _ = whole.round(start)
+    member = lasting(tmp_path / "rough", Service({"a": rough}), broken_after=2, error=error, dropout=0.5)
+    with pytest.raises(error, match="killed"):
+        member.round(start)
+    found, _ = member.round(start)
+    assert rough.steps == calm.steps == 5
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert all(torch.equal(calm.weights()[name], rough.weights()[name]) for name in calm.weights())
+
+
+def test_a_member_that_was_killed_and_left_out_takes_part_in_the_next_round(tmp_path: Path) -> None:
+    top = flat_top()
+    service = Service({"a": top})
+    with pytest.raises(ConnectionError, match="killed"):
+        lasting(tmp_path / "a", service, broken_after=2).round(learner("client", seed=6).weights())
+    again = lasting(tmp_path / "a", service)
+    _, count = again.round(learner("client", seed=7).weights())
+    assert (count, top.steps) == (20, 3 + 5)
+
+
+def test_the_state_of_another_training_is_refused(tmp_path: Path) -> None:
+    lasting(tmp_path / "a", Service({"a": flat_top()}), run="x").round(learner("client", seed=6).weights())
+    with pytest.raises(ValueError, match="that of another one; give another folder"):
+        lasting(tmp_path / "a", Service({"a": flat_top()}), run="y")
+
+
+def test_a_journal_that_finds_no_space_keeps_what_it_has_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "0")
+    journal.append(Message("learn", {}, "a", 1))
+    write = os.write
+    with monkeypatch.context() as patch:
+
+        def full(file: int, data: bytes) -> int:
+            patch.setattr(os, "write", no_more)
+            return write(file, data[:10])
+
+        def no_more(file: int, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(os, "write", full)
+        with pytest.raises(ValueError, match="No space left on device"):
+            journal.append(Message("learn", {}, "a", 2))
+    journal.append(Message("learn", {}, "a", 3))
+    journal.close()
+    again = Journal(tmp_path / "0")
+    assert [message.step for message in again] == [1, 3]
+    again.close()
+
+
+class Answers:
+    """A member that answers as it is told."""
+
+    name = "a"
+
+    def __init__(self, answer: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], int]]):
+        self.answer = answer
+
+    def round(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+        return self.answer(weights)
+
+
+def test_a_member_that_answers_with_an_error_or_half_an_answer_drops_out_and_that_is_all() -> None:
+    def fails(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+        raise ValueError("no space")
+
+    gate, lines = Gate("a", Service({})), list[str]()
+    start = {"w": torch.zeros(2), "v": torch.zeros(2)}
+    for answer in (fails, lambda weights: ({"w": weights["w"]}, 3)):
+        member = GatedMember(Answers(answer), gate, told=lines.append)  # type: ignore[arg-type]
+        with pytest.raises(ConnectionError):
+            member.round(start)
+    assert ["no space" in lines[0], "2 entries" in lines[1]] == [True, True]
+    assert GatedMember(Answers(lambda weights: (weights, 3)), gate).round(start)[1] == 3  # type: ignore[arg-type]
+
+
+def test_a_request_that_is_early_waits_for_its_round_and_only_training_gets_through() -> None:
+    far = learner()
+    gate = Gate("a", Service({"a": far}))
+    remote = Remote("server", gate, "a@early")
+    for ask in (remote.weights, lambda: remote.forward(batch()[0]), lambda: remote.load_weights(far.weights())):
+        with pytest.raises(ValueError, match="expected a verb among learn"):
+            ask()
+    early = threading.Thread(target=remote.learn, args=batch(), daemon=True)
+    early.start()
+    time.sleep(0.1)
+    assert (early.is_alive(), far.steps) == (True, 0)
+    gate.open("early")
+    early.join(10)
+    assert far.steps == 1
+    gate.close()
+    with pytest.raises(ValueError, match="took longer than the deadline"):
+        remote.learn(*batch())  # over: it does not wait
+    other = Remote("server", gate, "a@other")
+    refused: list[str] = []
+
+    def late() -> None:
+        try:
+            other.learn(*batch())
+        except ValueError as error:
+            refused.append(str(error))
+
+    waiting = threading.Thread(target=late, daemon=True)
+    waiting.start()
+    gate.stop()
+    waiting.join(10)
+    assert len(refused) == 1
 
 
 @pytest.mark.parametrize("broken_after", [0, 1, 3, 4])
@@ -424,13 +575,7 @@ def test_a_member_that_is_killed_goes_on_after_its_last_batch_and_no_step_is_mad
 ) -> None:
     start = learner("client", seed=6).weights()
 
-    def top() -> Learner:
-        stage = nn.Linear(3, 3)
-        nn.init.eye_(stage.weight)
-        nn.init.zeros_(stage.bias)
-        return Learner("server", stage, torch.optim.SGD(stage.parameters(), 0.1, momentum=0.9))
-
-    calm, rough = top(), top()
+    calm, rough = flat_top(), flat_top()
     whole = lasting(tmp_path / "calm", Service({"a": calm}))
     wanted = [whole.round(start), whole.round(learner("client", seed=7).weights())]
     service = Service({"a": rough})
@@ -465,7 +610,13 @@ def deployed(
             name, f"localhost:{server.host.port}", Credentials.read(up.certs, name), folder / name, told=told
         )
 
-    running = threading.Thread(target=lambda: found.update(served=server.run()))
+    def serving() -> None:
+        try:
+            found["served"] = server.run()
+        finally:
+            server.close()
+
+    running = threading.Thread(target=serving)
     running.start()
     threads = [threading.Thread(target=client, args=(name,)) for name in clients]
     for thread in threads:
@@ -551,8 +702,11 @@ def test_a_folder_of_another_training_is_refused(up: Up, tmp_path: Path) -> None
 
 def test_a_training_that_this_release_does_not_know_is_refused() -> None:
     told = Deployment(CLIENTS).told()
-    assert announced(told) == Deployment(CLIENTS)
-    for text in ("{}", "nonsense", told.replace("splitfed_v1", "splitfed_v9"), told[:-1] + ', "more": 1}'):
+    whole = f'{{"run": "x", "training": {told}}}'
+    assert announced(whole) == (Deployment(CLIENTS), "x")
+    wrong = [whole.replace(*pair) for pair in (("splitfed_v1", "splitfed_v9"), ('"seed": 0', '"seed": "x"'))]
+    more = f'{{"run": "x", "training": {told[:-1]}, "more": 1}}}}'
+    for text in ("{}", "nonsense", "[" * 100_000, told, more, *wrong):
         with pytest.raises(ValueError, match="one that it does not"):
             announced(text)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from splitlearn.frames import MAX_NBYTES
 from splitlearn.transport.certs import Credentials
-from splitlearn.transport.link import ANSWER, ASK, HEARTBEAT, SERVICE, grpc_module, options
+from splitlearn.transport.link import ANSWER, ASK, ATTACHED, HEARTBEAT, SERVICE, grpc_module, options
 from splitlearn.wire import Carrier
 
 __all__ = ["Connection"]
@@ -75,20 +75,22 @@ class Connection:
     def answer(self, carrier: Carrier, *, until: Callable[[], bool] = lambda: False) -> None:
         """Answer the server's requests by ``carrier`` until ``until()``, asked between requests, or ``close``.
 
-        A connection that breaks comes back for up to ``patience`` seconds without a request.
+        Where the connection breaks, it is tried again for up to ``patience`` seconds.
         """
         end = time.monotonic() + self.patience
         while not self._closed and not until():
             stream = _Stream(self._channel, ANSWER)
-            self._answering = stream
+            self._answering, attached = stream, False
             try:
                 while not until():
                     frame = stream.next(None)
-                    end = time.monotonic() + self.patience
-                    stream.send(carrier(frame))
-                    end = time.monotonic() + self.patience
+                    attached = True
+                    if frame != ATTACHED:
+                        stream.send(carrier(frame))
                 stream.finish()
             except _BrokenError as error:
+                if attached:
+                    end = time.monotonic() + self.patience
                 if not self._closed:
                     self._told(error, end)
             finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 from splitlearn.frames import MAX_NBYTES
 from splitlearn.transport.certs import Credentials
-from splitlearn.transport.link import ANSWER, ASK, HEARTBEAT, SERVICE, grpc_module, options
+from splitlearn.transport.link import ANSWER, ASK, ATTACHED, HEARTBEAT, SERVICE, grpc_module, options
 from splitlearn.wire import Carrier
 
 __all__ = ["Host", "Line"]
@@ -58,6 +58,7 @@ class Line:
             self._attached += 1
             mine, self.connected = self._attached, True
             self._changed.notify_all()
+        yield ATTACHED
         try:
             yield from self._requests(replies, alive, mine)
         finally:
@@ -176,9 +177,15 @@ class Host:
     def _asked(self, frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
         client = self._client(context)
         self._replace(client, ASK, context)
+        busy = self._busy[client]  # an old connection's request ends before a new one's begins
         while (frame := _next(frames)) is not None:
-            with self._busy[client]:  # an old connection's request ends before a new one's begins
+            while not busy.acquire(timeout=0.5):
+                if not context.is_active():  # another connection took its place
+                    return
+            try:
                 reply = self._carriers[client](frame)
+            finally:
+                busy.release()
             yield reply
 
     def _answering(self, replies: Iterator[bytes], context: Any) -> Iterator[bytes]:

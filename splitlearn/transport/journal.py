@@ -40,11 +40,17 @@ class Journal:
         os.lseek(self._file, end, os.SEEK_SET)
 
     def append(self, message: Message) -> None:
-        """Write the message at the end."""
+        """Write the message at the end, or nothing: ``ValueError`` where there is no space."""
         frame = encode(message)
         whole = memoryview(ENTRY.pack(len(frame), zlib.crc32(frame)) + frame)
-        while whole:
-            whole = whole[os.write(self._file, whole) :]
+        start = os.lseek(self._file, 0, os.SEEK_CUR)
+        try:
+            while whole:
+                whole = whole[os.write(self._file, whole) :]
+        except OSError as error:
+            os.ftruncate(self._file, start)  # or what follows would lie behind a torn entry, and not be read
+            os.lseek(self._file, start, os.SEEK_SET)
+            raise ValueError(f"{self.path} cannot be written ({error.strerror}); free space") from error
 
     def __iter__(self) -> Iterator[Message]:
         """Yield all messages, from the first on."""

@@ -18,6 +18,8 @@ from splitlearn.transport.gate import ROUND, round_tag
 
 __all__ = ["LastingMember"]
 
+SKIPPED = 16  # request numbers between rounds: one that was left out may have asked more than its file knows of
+
 
 class LastingMember(Member):
     """A ``Member`` that keeps a checkpoint at ``path`` after every batch, and after a restart goes on from there.
@@ -26,7 +28,7 @@ class LastingMember(Member):
     it starts from, and each request says of which it is (``Gate``). Given the same weights again, the member goes on
     after the last batch that the file knows of, or returns what it had. What it asked of the server after that is asked
     again, to the bit, and so answered as before; the server's ``Service`` must remember as many exchanges as a batch
-    takes. ``finished`` is set by the verb ``finish``,
+    takes. ``run`` names the training: a file of another one is refused. ``finished`` is set by the verb ``finish``,
     with which a fed server ends a training.
     """
 
@@ -37,12 +39,13 @@ class LastingMember(Member):
         batches: Batches,
         path: Path,
         *,
+        run: str = "",
         local: Collection[str] = (),
         told: Callable[[str], None] = lambda line: None,
     ):
         super().__init__(learner, server, batches, local=local)
         self.path, self.finished, self.rounds = path, False, 0
-        self._remote, self._own_batches, self._told = server, batches, told
+        self._remote, self._own_batches, self._told, self._run = server, batches, told, run
         self._start, self._at, self._count, self._total = "", 0, 0, 0.0
         self._epoch = batches.epoch
         if path.is_file():
@@ -55,13 +58,27 @@ class LastingMember(Member):
         return {"finish": self._finish}
 
     def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
-        """Train from ``weights`` over all batches, or what is left of them; return weights and sample count."""
+        """Train from ``weights`` over all batches, or what is left of them; return weights and sample count.
+
+        After an error the member is as its file says, randomness and all: what it then asks again is the same.
+        """
+        try:
+            return self._round(weights)
+        except (ValueError, LookupError, OSError) as error:
+            if self.path.is_file():
+                self._take(load_checkpoint(self.path))
+            self._told(f"round {self.rounds} is interrupted: {error}")
+            raise
+
+    def _round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
         start = round_tag(weights)
         if self._remote is not None:
             self._remote.enter(f"{self.name}{ROUND}{start}")
         if start != self._start:
             self.begin(weights)
             self._start, self._at, self._count, self._total = start, 0, 0, 0.0
+            if self._remote is not None:
+                self._remote.skip(SKIPPED)
             self.rounds, self._epoch = self.rounds + 1, self._own_batches.epoch
             self._keep()
         self._own_batches.epoch = self._epoch
@@ -84,11 +101,15 @@ class LastingMember(Member):
             {
                 "member": self.state_dict(), "server": {} if self._remote is None else self._remote.state_dict(),
                 "start": self._start, "at": self._at, "count": self._count, "total": self._total,
-                "rounds": self.rounds, "epoch": self._epoch,
+                "run": self._run, "rounds": self.rounds, "epoch": self._epoch,
             },
         )  # fmt: skip
 
     def _take(self, state: Mapping[str, Any]) -> None:
+        if state["run"] != self._run:
+            raise ValueError(
+                f"expected the state of this training at {self.path}, got that of another one; give another folder"
+            )
         self.load_state_dict(state["member"])
         if self._remote is not None:
             self._remote.load_state_dict(state["server"])

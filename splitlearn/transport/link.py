@@ -5,11 +5,12 @@ from typing import Any
 
 from splitlearn.frames import MAX_HEADER_NBYTES, MAX_NBYTES
 
-__all__ = ["ANSWER", "ASK", "SERVICE", "grpc_module", "options"]
+__all__ = ["ANSWER", "ASK", "ATTACHED", "SERVICE", "grpc_module", "options"]
 
 SERVICE = "splitlearn.Parties"
 ASK = "Ask"  # the client sends requests, the server replies
 ANSWER = "Answer"  # the server sends requests, the client replies
+ATTACHED = b""  # the first frame on Answer: the server is there, and has no request yet
 HEARTBEAT = 10.0  # seconds of silence after which each end asks whether the other is there
 
 
@@ -40,6 +41,7 @@ def options(max_nbytes: int = MAX_NBYTES, heartbeat: float = HEARTBEAT) -> list[
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", int(500 * heartbeat)),
         ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", 10_000),  # for whoever connects and says nothing
         ("grpc.enable_retries", 0),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.initial_reconnect_backoff_ms", 100),
