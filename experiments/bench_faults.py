@@ -28,7 +28,7 @@ class Killed(dict[str, Any]):
 
 
 def bench_faults() -> dict[str, Any]:
-    """Kill server or clients 50 times in a run, at random moments, most by SIGKILL; compare with a run that nobody kills."""
+    """Kill server or clients 50 times in all, at random moments, most by SIGKILL; compare with undisturbed runs."""
     found: dict[str, Any] = {}
     for protocol, kills in (("splitfed_v1", KILLS // 2), ("splitfed_v2", KILLS - KILLS // 2)):
         one = killed_training(protocol, kills=kills, rounds=ROUNDS, seed=0)
