@@ -1,6 +1,7 @@
 """The client of a deployment: it asks what training is offered, takes part, and goes on where it was killed."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from experiments.deployment import HELLO, Deployment, announced, client_learner,
 from splitlearn.frames import Kind
 from splitlearn.remote import Remote
 from splitlearn.service import Service, need
-from splitlearn.transport import Connection, Credentials, LastingMember, private_folder
+from splitlearn.transport import Connection, Credentials, LastingMember, held
 from splitlearn.wire import Framed, Metered, serve
 
 __all__ = ["Joined", "join"]
@@ -50,8 +51,8 @@ def join(
     server's word decides on model, cut, rates and rounds; samples are the client's own equal share of the data set that
     is named, read from ``data_dir``. Raises ``ConnectionError`` where the server is away for longer than ``patience``.
     """
-    connection = Connection(address, credentials, deadline=deadline, patience=patience)
-    try:
+    connection = Connection(address, credentials, deadline=deadline, patience=patience, told=told)
+    with closing(connection), held(folder / "state") as state:
         deployment, run = offered(connection, name)
         told(
             f"{deployment.protocol} on {deployment.data}, {deployment.rounds} rounds, {len(deployment.clients)} clients"
@@ -60,9 +61,7 @@ def join(
         meter = Metered(connection.ask)
         server = None if deployment.protocol == "fedavg" else Remote("server", Framed(meter), name)
         batches = own_batches(deployment, name, share_of(deployment, name, splits.private))
-        path = private_folder(folder / "state") / f"{name}.safetensors"
+        path = state / f"{name}.safetensors"
         member = LastingMember(client_learner(deployment, name, splits), server, batches, path, run=run, told=told)
         connection.answer(serve(Service({name: member})), until=lambda: member.finished)
         return Joined(member.rounds, member.loss, meter.total_nbytes)
-    finally:
-        connection.close()

@@ -5,7 +5,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from splitlearn.members import RemoteMember
 from splitlearn.party import Learner
 from splitlearn.service import Answer, Service
 from splitlearn.train import predict
-from splitlearn.transport import Credentials, Gate, GatedMember, Host, Journal, Journaled, private_folder
+from splitlearn.transport import Credentials, Gate, GatedMember, Host, Journal, Journaled, held
 from splitlearn.wire import Carrier, Framed, Metered, Transport, serve
 
 __all__ = ["Served", "Server"]
@@ -78,6 +78,13 @@ class Server:
         told: Callable[[str], None] = lambda line: None,
     ):
         self.deployment, self.folder, self._told = deployment, folder, told
+        with ExitStack() as stack:
+            stack.enter_context(held(folder / "state"))
+            self._begin(address, credentials, data_dir, deadline)
+            self._held = stack.pop_all()  # until it is closed
+
+    def _begin(self, address: str, credentials: Credentials, data_dir: Path | None, deadline: float) -> None:
+        deployment, told = self.deployment, self._told
         self.splits: Splits = parts_of(deployment, data_dir)
         self.bottom, self.top, self.learners = server_learners(deployment, self.splits)
         self.served, self.name = Served(), secrets.token_hex(8)
@@ -169,6 +176,7 @@ class Server:
             journal.close()
             if over:
                 journal.path.unlink(missing_ok=True)
+        self._held.close()
 
     def _most_nbytes(self) -> int:
         """Return what one frame's tensors may take: a batch of activations, or the bottom's weights, and some more."""
@@ -198,7 +206,7 @@ class Server:
 
     @property
     def _path(self) -> Path:
-        return private_folder(self.folder / "state") / "server.safetensors"
+        return self.folder / "state" / "server.safetensors"
 
     def _journal(self, place: int) -> Journal:
         journal = Journal(self._path.parent / f"journal-{self._generation}-{place}")
@@ -216,7 +224,7 @@ class Server:
             )
         self._generation, self.name = state["generation"], state["run"]
         for path in self._path.parent.iterdir():
-            if path != self._path and not path.name.startswith(f"journal-{self._generation}-"):
+            if path.name not in (self._path.name, "lock") and not path.name.startswith(f"journal-{self._generation}-"):
                 path.unlink()  # a kill came before it was
         return state
 

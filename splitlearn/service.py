@@ -69,6 +69,11 @@ class Service:
             done.append(Exchange(message, reply))
             return reply
 
+    def is_new(self, message: Message) -> bool:
+        """Return whether this would be done, and not answered from memory or refused by its session or step."""
+        done = self._done.get(message.session)
+        return message.session in self.sessions and (not done or message.step > done[-1].request.step)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the exchanges that are kept, by session, as frames. Taken while nobody asks."""
         return {

@@ -389,7 +389,7 @@ def test_a_service_that_replays_its_journal_is_as_before_and_answers_the_last_re
     journal.close()
     reread = Journal(tmp_path / "0")
     again = Journaled(Service({"a": far}, memory=2), reread)
-    assert again.replay() == 4  # three, and the one that was refused; a prediction moves nothing
+    assert again.replay() == 3  # not the one that was refused, nor a prediction, which moves nothing
     assert all(torch.equal(first.weights()[name], far.weights()[name]) for name in first.weights())
     z, y = batch(2)
     last = again.request(Message("learn", {Kind.INPUT: z, Kind.LABEL: y}, "a", 3))
@@ -698,6 +698,14 @@ def test_a_folder_of_another_training_is_refused(up: Up, tmp_path: Path) -> None
     deployed(up, tmp_path, Deployment(("a",), protocol="fedavg", rounds=1, batch_size=256), clients=("a",))
     with pytest.raises(ValueError, match="holds another one; give another --out"):
         Server(Deployment(("a",), rounds=2), "localhost:0", Credentials.read(up.certs, "server"), tmp_path / "server")
+
+
+def test_a_folder_is_one_processes_at_a_time(up: Up, tmp_path: Path) -> None:
+    server = Server(Deployment(("a",)), "localhost:0", Credentials.read(up.certs, "server"), tmp_path)
+    with pytest.raises(ValueError, match="another one that runs uses it"):
+        Server(Deployment(("a",)), "localhost:0", Credentials.read(up.certs, "server"), tmp_path)
+    server.close()
+    Server(Deployment(("a",)), "localhost:0", Credentials.read(up.certs, "server"), tmp_path).close()
 
 
 def test_a_training_that_this_release_does_not_know_is_refused() -> None:

@@ -16,6 +16,7 @@ __all__ = ["Connection"]
 
 PAUSE = 0.1  # seconds between two tries to connect
 FAREWELL = 5.0  # seconds
+SILENCE = 30.0  # seconds between two words on a server that is away
 
 
 class Connection:
@@ -25,7 +26,8 @@ class Connection:
     request waits at most ``deadline`` seconds for its reply. Where the connection breaks, or the server is away, the
     request is sent again over a new one for up to ``patience`` seconds, as often as it takes: the server must answer a
     repeat as it answered before, as ``Service`` does. Raises ``TimeoutError`` after the deadline, ``ConnectionError``
-    after the patience, and ``PermissionError`` where the server does not let this certificate in.
+    after the patience, and ``PermissionError`` where the server does not let this certificate in. ``told`` hears of a
+    server that is away.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Connection:
         max_nbytes: int = MAX_NBYTES,
         heartbeat: float = HEARTBEAT,
         server_name: str | None = None,
+        told: Callable[[str], None] = lambda line: None,
     ):
         grpc = grpc_module()
         if deadline <= 0 or patience < 0:
@@ -54,7 +57,7 @@ class Connection:
         self._lock = threading.Lock()
         self._stream: _Stream | None = None
         self._answering: _Stream | None = None
-        self._closed = False
+        self._closed, self._say, self._said = False, told, 0.0
 
     def ask(self, frame: bytes) -> bytes:
         """Send a request's frame and return the reply's."""
@@ -118,6 +121,9 @@ class Connection:
                 f"expected a server at {self.address}, got none within {self.patience:g} s ({error}); is it running, "
                 "and is its certificate of the same authority and for that name?"
             ) from None
+        if time.monotonic() > self._said + SILENCE:
+            self._said = time.monotonic()
+            self._say(f"{self.address} does not answer ({error}); trying for {self.patience:g} s")
         time.sleep(PAUSE)
 
 

@@ -1,20 +1,34 @@
 """A journal of what was asked of parties, so that a server that was killed goes on as though it had not been."""
 
+import fcntl
 import os
 import struct
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from splitlearn.frames import Message, decode, encode
-from splitlearn.wire import Transport
+from splitlearn.service import Service
 
-__all__ = ["Journal", "Journaled", "private_folder"]
+__all__ = ["Journal", "Journaled", "held", "private_folder"]
 
 ENTRY = struct.Struct("<II")  # length, CRC-32
 READS = frozenset({"predict", "weights"})  # what moves nothing
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[Path]:
+    """Make a folder private and this process's alone, for as long as the context; ``ValueError`` where it is taken."""
+    with (private_folder(folder) / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"expected {folder} for one process, but another one that runs uses it; give another --out"
+            ) from None
+        yield folder
 
 
 def private_folder(path: Path) -> Path:
@@ -79,7 +93,7 @@ class Journal:
 
 
 class Journaled:
-    """A transport to a service whose requests are journaled before they are answered, one at a time.
+    """A service whose requests are journaled before they are answered, one at a time.
 
     After a restart, with parties and service as they were when the journal was empty, ``replay()`` has the service
     answer them again: parties are then as before the kill, and a client that repeats its last request gets the reply
@@ -87,15 +101,15 @@ class Journaled:
     stays open between two requests would make others wait.
     """
 
-    def __init__(self, transport: Transport, journal: Journal):
-        self._transport, self._journal, self._lock = transport, journal, threading.Lock()
+    def __init__(self, service: Service, journal: Journal):
+        self._service, self._journal, self._lock = service, journal, threading.Lock()
 
     def request(self, message: Message) -> Message:
         """Write the message down, unless it moves nothing, and pass it on."""
         with self._lock:
-            if message.verb not in READS:
+            if message.verb not in READS and self._service.is_new(message):
                 self._journal.append(message)
-            return self._transport.request(message)
+            return self._service.request(message)
 
     def renew(self, journal: Journal) -> None:
         """Go on in another journal, an empty one: what this one holds is kept elsewhere."""
@@ -108,6 +122,6 @@ class Journaled:
             count = 0
             for message in self._journal:
                 with suppress(ValueError, LookupError):
-                    self._transport.request(message)
+                    self._service.request(message)
                 count += 1
             return count
