@@ -232,7 +232,9 @@ def _rounds(
         doubted = result.top.doubted()
         result.out = [[place for place, one in enumerate(members) if doubted[one.name] > result.top.tolerance]]
     if isinstance(result.top, FilteredServer):
-        result.out = [[place for place, one in enumerate(members) if one.name in out] for out in result.top.left_out]
+        result.out = [
+            [place for place, one in enumerate(members) if one.name in out] for out in result.top.left_out[:-1]
+        ]
     result.lost = sum(member.lost for member in members)
 
 

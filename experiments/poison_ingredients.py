@@ -184,7 +184,7 @@ def jointly(aim: PoisonAim) -> Sabotage:
 
 def knowing(aim: PoisonAim) -> Sabotage:
     """Return colluders who know the fed server's rule."""
-    return Sabotage(updates=Adaptive(Afresh(aim.rule) if aim.rule is not None else Mean()))
+    return Sabotage(updates=Adaptive(Afresh(aim.rule) if aim.rule is not None else Mean()))  # all that it knows
 
 
 def serving(aim: PoisonAim) -> Sabotage:
@@ -264,7 +264,7 @@ POISON_ATTACKS: dict[str, PoisonAttack] = {
     ),
     "adaptive": PoisonAttack(
         "updates searched for against the rule, which is known (Fang et al. 2020)", "weights", knowing, protocols=FED,
-        knows=("the fed server's rule",),
+        knows=("the fed server's rule, or takes it for the mean where it is none of updates alone (FLTrust, private)",),
     ),
     "smashed_noise": PoisonAttack(
         "activations under noise of five standard deviations (HealSplit's taxonomy)", "activations",
@@ -392,13 +392,14 @@ class Filters:
 
 
 def filtering(
-    summary: str, suspect: Callable[[int, int], Callable[[Tensor, Tensor], Suspects]], *, deep: bool = True
-) -> PoisonDefense:
+    summary: str, suspect: Callable[[int, int], Callable[[Tensor, Tensor], Suspects]], *, deep: bool = True,
+    most: float = 0.25,
+) -> PoisonDefense:  # fmt: skip
     """Return the entry of a filter on activations, beside trimmed means and clipped steps."""
 
     def build(bad: int, members: int) -> Safeguard:
         bottoms, tops = Robust(TrimmedMean(bad)), Robust(TrimmedMean(bad))
-        return Safeguard(bottoms, tops, CLIP, seats=Filters(suspect(bad, members), deep))
+        return Safeguard(bottoms, tops, CLIP, seats=Filters(suspect(bad, members), deep, most))
 
     return PoisonDefense(
         f"members left out whose samples {summary}; trimmed means, clipped steps", build, trimmed,
@@ -459,7 +460,7 @@ POISON_DEFENSES: dict[str, PoisonDefense] = {
     ),
     "spectral": filtering(
         "stand out along a class's first singular direction (spectral signatures, 2018)",
-        lambda bad, members: SpectralSignatures(min(bad / members, 0.6)),
+        lambda bad, members: SpectralSignatures(min(bad / members, 0.6)), most=0.5,  # it flags 1.5 times the share
     ),
     "graph": filtering(
         "have other labels around them (mutual neighbours, after HealSplit 2025)", lambda *_: NeighbourGraph(),

@@ -35,7 +35,9 @@ class Config:
         metadata=CUTS,
     )
     private: int = field(default=0, metadata={"help": "private samples of all members; 0: all but the auxiliary"})
-    auxiliary: int = field(default=100, metadata={"help": "labelled samples that a bad server holds"})
+    auxiliary: int = field(
+        default=100, metadata={"help": "labelled samples of a bad server, of FLTrust and of Neural Cleanse"}
+    )
     rounds: int = field(default=0, metadata={"help": "rounds of training; 0: the protocol's usual number, 30 or 40"})
     batch_size: int = field(default=16, metadata={"help": "samples in a batch"})
     lr: float = field(

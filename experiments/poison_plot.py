@@ -105,21 +105,27 @@ def poison_table(points: Sequence[Point]) -> Table | None:
                     str(leaks[0].details.get("surface", "")),
                     _seeds([leak.baselines["accuracy_unattacked"] for leak in leaks]),
                     _seeds([leak.metrics["accuracy"] for leak in leaks]),
-                    _seeds([leak.baselines["success_untriggered"] for leak in leaks if "success" in leak.metrics]),
+                    *(
+                        _seeds([leak.baselines[one] for leak in leaks if "success" in leak.metrics])
+                        for one in ("success_unattacked", "success_untriggered")
+                    ),
                     *(_seeds([leak.metrics[one] for leak in leaks if one in leak.metrics]) for one in TOLD),
                     str(sum(int(leak.details.get("not_finite", 0)) for leak in leaks)),
                 )
             )  # fmt: skip
     caption = (
-        "Each attack on each defense, a figure a seed. Success, and without trigger: the share of samples of other "
-        "classes that are taken for the trigger's, with it and without; of a model that collapsed both may be high. "
-        "Shut out: the share of rounds in which an update had no part in the result, of bad and of honest members, "
-        "where the rule says so (witnesses: who is doubted in the end; SafeSplit: whose turn was rolled back). "
+        "Each attack on each defense, a figure a seed. Success, on the model as attacked and unattacked, and without "
+        "trigger: the share of samples of other classes that are taken for the trigger's, with it and without; of a "
+        "model that collapsed both may be high. Edge cases have no trigger, and count on their tail alone. "
+        "Shut out: the share of rounds in which a member had no part in the result, of bad and of honest ones, where "
+        "the rule says so (filters: from whom the top did not learn; "
+        "witnesses: who is doubted in the end; SafeSplit: whose turn was rolled back). "
         "Flagged: by a filter, the share of poisoned and of honest samples; by Neural Cleanse, the trigger's class and "
         "others."
     )
     columns = (
-        "setting", "defense", "attack", "surface", "accuracy unattacked", "accuracy", "without trigger",
+        "setting", "defense", "attack", "surface", "accuracy unattacked", "accuracy", "success unattacked",
+        "without trigger",
         *TOLD.values(), "not finite",
     )  # fmt: skip
     empty = {column for column, told in enumerate(zip(*rows, strict=True)) if set(told) == {NONE}}

@@ -43,7 +43,7 @@ from experiments.training import (
     sizes_of,
     warm_up,
 )
-from experiments.vertical_poison import train_vertically
+from experiments.vertical_poison import KNOWN, train_vertically
 from splitlearn.cut import cut
 from splitlearn.data import DATASETS, Splits
 from splitlearn.metrics import accuracy_advantage, utility
@@ -104,7 +104,8 @@ def tasks(config: Config, options: Options, *, name: str) -> list[Task]:
     for one in config.defenses:
         if POISON_DEFENSES[one].images and splits.private.kind != "image":
             raise ValueError(f"expected images for {one}, got {options.data}; leave it out, or take another --data")
-    for alpha, seed in product(config.alphas, options.seeds):
+    federations = any(protocol != VERTICAL for protocol in config.protocols)
+    for alpha, seed in product(config.alphas if federations else (), options.seeds):
         member_shares(splits.private.y, config.clients, alpha, seed)  # too few samples are told now
     found = []
     for protocol in config.protocols:
@@ -113,7 +114,7 @@ def tasks(config: Config, options: Options, *, name: str) -> list[Task]:
         cuts = places(config.cuts, splits)[: 1 if protocol in UNCUT else None]
         clients, bads, alphas = config.clients, config.bad, config.alphas
         if protocol == VERTICAL:  # two halves of every sample, one of them bad
-            clients, bads, alphas = 2, (1,), alphas[:1]
+            clients, bads, alphas = 2, (1,), (0.0,)
         for place, defense, bad in product(cuts, defenses, bads):
             _check_limit(defense, bad, config, protocol)
             lr = config.lr or _rate(protocol, defense, bad, clients)
@@ -146,7 +147,7 @@ def tasks(config: Config, options: Options, *, name: str) -> list[Task]:
 def _rate(protocol: str, defense: str, bad: int, clients: int) -> float:
     """Return the usual learning rate; a shared top that is not clipped diverges sooner."""
     clipped = POISON_DEFENSES[defense].build(bad, clients).clip is not None
-    return CLIPPED_RATE if clipped else RATES[protocol]
+    return CLIPPED_RATE if clipped and protocol == "splitfed_v2" else RATES[protocol]
 
 
 def _check(config: Config) -> None:
@@ -223,9 +224,6 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         sabotage = POISON_ATTACKS[name].build(aim)
         done = trained(f"attack_{name}", sabotage)
         leakage.append(_scored(name, sabotage, done, clean, x, y))
-        if clean.suspects is not None and done.suspects is not None:
-            leakage[-1].metrics.update(_flagged(done.suspects, sabotage))
-            leakage[-1].baselines.update(_flagged(clean.suspects, sabotage, "_unattacked"))
         traces[f"accuracy ({name})"] = done.accuracy
         notes += [f"{name}: {done.stopped}"] if done.stopped else []
     if trial.training.protocol != VERTICAL:
@@ -266,11 +264,16 @@ def _scored(name: str, sabotage: Sabotage, done: Federated, clean: Federated, x:
         bad, honest = set(done.bad), done.members - len(done.bad)
         metrics["out_of_bad"] = sum(len(bad & set(one)) for one in done.out) / (len(done.out) * len(bad))
         metrics["out_of_honest"] = sum(len(set(one) - bad) for one in done.out) / (len(done.out) * honest)
+    if clean.out:
+        baselines["out_unattacked"] = sum(map(len, clean.out)) / (len(clean.out) * clean.members)
     if done.flagged is not None:
         found = {"flagged_poison": done.flagged.tpr, "flagged_honest": done.flagged.fpr}
         metrics |= {what: rate for what, rate in found.items() if rate == rate}  # nan where nobody is poisoned, or all
     if clean.flagged is not None:
         baselines["flagged_honest_unattacked"] = clean.flagged.fpr
+    if clean.suspects is not None and done.suspects is not None:
+        metrics |= _classes(done.suspects, sabotage)
+        baselines |= _classes(clean.suspects, sabotage, "_unattacked")
     details = {
         "best": name, "surface": POISON_ATTACKS[name].surface, "bad": done.bad, "not_finite": done.lost,
         "skipped_steps": done.skipped, "stopped": done.stopped,
@@ -281,7 +284,7 @@ def _scored(name: str, sabotage: Sabotage, done: Federated, clean: Federated, x:
     )  # fmt: skip
 
 
-def _flagged(classes: Tensor, sabotage: Sabotage, suffix: str = "") -> dict[str, float]:
+def _classes(classes: Tensor, sabotage: Sabotage, suffix: str = "") -> dict[str, float]:
     """Return whether the trigger's class is among those flagged [C], and what share of the others is."""
     others = torch.arange(len(classes)) != (sabotage.target if sabotage.trigger is not None else -1)
     found = {f"flagged_others{suffix}": classes[others].double().mean().item()}
@@ -312,6 +315,8 @@ def _settings(thing: Sabotage | Safeguard) -> dict[str, str]:
         made: object = value
         if key in ("data", "guard") and value is not None:
             made = value(0)
+        if key == "villain" and value is not None:
+            made = value(tuple(range(KNOWN)))
         if key == "noise" and value is not None:
             made = value()
         if value not in (None, False, 0):

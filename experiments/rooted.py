@@ -19,8 +19,9 @@ __all__ = ["rooted"]
 def rooted(parts: Sequence[Learner], training: Training, root: Dataset) -> list[Robust]:
     """Return an aggregator for each of the global ``parts``, bottom first, that trusts by the ``root`` samples.
 
-    The server, who holds these, trains all parts together as one member would: the part in question from the round's
-    start, the others as they are when it is asked.
+    The fed server, who holds these and in V2 the top too, trains all parts together: the part in question from the
+    round's start, the others as they are when it is asked. One pass, as a member makes, but each time with a fresh
+    optimizer and in the same order. Where that leads to what is not finite, it trusts nobody: the start stays.
     """
     return [Robust(Rooted(_own(parts, place, training, root))) for place in range(len(parts))]
 
@@ -39,6 +40,8 @@ def _own(
             optimizer.zero_grad()
             cross_entropy(model(x.to(training.device)), y.to(training.device)).backward()
             optimizer.step()
-        return stages[place].state_dict()
+        found = stages[place].state_dict()
+        finite = all(bool(tensor.isfinite().all()) for tensor in found.values())
+        return found if finite else dict(start)
 
     return train

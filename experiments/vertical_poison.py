@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from defenses.poisoning import ClippedSteps
-from experiments.bad_members import Federated, Sabotage, Safeguard, answers
+from experiments.bad_members import DIVERGED, Federated, Sabotage, Safeguard, answers
 from experiments.setups import counted
 from experiments.training import Training, optimizer_for
 from splitlearn.data import Splits, partition
@@ -16,7 +16,7 @@ from splitlearn.service import Service
 from splitlearn.train import Batches
 from splitlearn.wire import Framed, Metered, serve
 
-__all__ = ["train_vertically"]
+__all__ = ["KNOWN", "train_vertically"]
 
 WIDTH = 32  # of an activation, and of the hidden layer of the top
 KNOWN = 5  # samples whose label the bad client knows
@@ -58,7 +58,7 @@ def train_vertically(training: Training, splits: Splits, *, sabotage: Sabotage, 
             for ids, labels in batches:
                 vertical(owner, lines, ids, labels, join=concatenated)
         except ValueError as error:
-            if "finite" not in str(error):
+            if not DIVERGED.search(str(error)):
                 raise
             result.stopped = f"stopped in round {number + 1}: {error}"
             break

@@ -3,18 +3,20 @@
 import copy
 import shlex
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from attacks.poisoning import VILLAIN, EdgeCases, MirroredLabels, SmashedNoise
+from attacks.poisoning import VILLAIN, Backdoor, EdgeCases, MirroredLabels, SmashedNoise
 from defenses.aggregation import FoolsGold
+from defenses.poisoning import Suspects
 from experiments import poisoning
 from experiments.bad_members import FEDERATIONS, Federated, Sabotage, Safeguard, _Steady, bad_members, federate
 from experiments.catalogue import POISON_ATTACKS, POISON_DEFENSES
 from experiments.experiment import Options
-from experiments.poison_ingredients import POISONED, Afresh, Tails
+from experiments.poison_ingredients import POISONED, Afresh, Filters, Tails
 from experiments.poison_plot import poison_table
 from experiments.poisoning import _scored
 from experiments.report import build
@@ -207,9 +209,46 @@ def test_a_filter_says_how_right_it_is_by_sample_and_by_member() -> None:
     config = replace(
         TOY, attacks=("label_flip", "smashed_noise"), defenses=("graph",), private=400, rounds=13, bad=(2,)
     )
-    for leak in outcome_of(config).leakage:
+    flip, noise = outcome_of(config).leakage
+    for leak in (flip, noise):
         assert {"flagged_poison", "flagged_honest", "out_of_bad", "out_of_honest"} <= set(leak.metrics)
-        assert leak.metrics["flagged_poison"] > leak.metrics["flagged_honest"]
+        assert leak.baselines["out_unattacked"] == 0.0
+    assert flip.metrics["flagged_poison"] > 0.8 > 0.2 > flip.metrics["flagged_honest"]
+    assert (flip.metrics["out_of_bad"], flip.metrics["out_of_honest"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("protocol", ["splitfed_v1", "splitfed_v2"])
+def test_a_filter_that_flags_nobody_is_none_and_rates_are_of_the_samples_that_were_poisoned(protocol: str) -> None:
+    def flagging(label: int) -> Filters:
+        return Filters(lambda z, y: Suspects(torch.zeros(len(y)), y == label), rounds=1)
+
+    patch = Sabotage(data=lambda number: Backdoor(target=0, share=0.5))
+    plain, idle = (
+        trained(protocol, rounds=2, sabotage=patch, safeguard=Safeguard(seats=s)) for s in (None, flagging(99))
+    )
+    assert torch.equal(plain.logits(SPLITS.test.x), idle.logits(SPLITS.test.x))
+    assert idle.out == [[]]
+    done = trained(protocol, rounds=2, sabotage=patch, safeguard=Safeguard(seats=flagging(0)))
+    assert done.flagged is not None
+    assert done.flagged.tpr == 1.0  # all that carry the patch are sent as 0
+    honest = (SPLITS.private.y == 0).double().mean().item()
+    assert done.flagged.fpr == pytest.approx(honest, abs=0.03)
+
+
+def test_a_root_that_diverges_trusts_nobody_and_the_training_says_why_it_ended() -> None:
+    training = Training(
+        protocol="fedavg", cut="relu2", epochs=2, batch_size=16, optimizer="sgd", lr=1e12, clients=5, seed=0
+    )
+    done = federate(training, SPLITS, alpha=100.0, bad=1, sabotage=Sabotage(), safeguard=Safeguard(root=True))
+    assert done.stopped.startswith("stopped in round 1")
+
+
+def test_only_a_shared_top_is_trained_more_slowly_where_it_is_not_clipped() -> None:
+    rates = {}
+    for protocol, defense in product(("splitfed_v1", "splitfed_v2"), ("trimmed_mean", "trimmed_mean_clip")):
+        (task,) = poisoning.tasks(replace(TOY, protocols=(protocol,), defenses=(defense,)), ONCE, name="poisoning")
+        rates[protocol, defense] = task.config["training"]["lr"]
+    assert list(rates.values()) == [0.05, 0.05, 0.02, 0.03]
 
 
 @pytest.mark.slow

@@ -825,7 +825,7 @@ def filtered(suspect: Filter, **also: object) -> tuple[FilteredServer, Learner]:
     stage = top()
     learner = Learner("server", stage, sgd(stage))
     clients = dict.fromkeys(["a", "b"], learner)
-    return FilteredServer(learner, clients, suspect, warm_up=1, **also), learner  # type: ignore[arg-type]
+    return FilteredServer(learner, clients, suspect, warm_up=1, **{"least": 1, **also}), learner  # type: ignore[arg-type]
 
 
 def test_who_is_flagged_too_often_is_left_out_of_the_next_round_and_judged_anew() -> None:
@@ -881,6 +881,19 @@ def test_what_is_not_finite_is_flagged_unasked() -> None:
     assert server.verdict(z, y).tolist() == [False, True, False, False, False, False]
     server, _ = filtered(suspects_of(9))
     assert server.verdict(torch.full_like(z, inf), y).all()
+
+
+def test_where_too_few_are_finite_a_filter_is_not_asked_and_overflow_on_the_way_up_counts() -> None:
+    server, learner = filtered(suspects_of(0), least=6)
+    z, y = batch()
+    assert server.verdict(z, torch.zeros_like(y)).all()
+    z[0] = inf
+    assert server.verdict(z, torch.zeros_like(y)).tolist() == [True, *[False] * 5]
+    with torch.no_grad():
+        learner.stage[1] = nn.Identity()  # type: ignore[operator]
+        z[0] = 1e308
+        learner.stage[0].weight.fill_(100.0)  # type: ignore[index, union-attr, operator]
+    assert server.verdict(z, torch.zeros_like(y)).tolist() == [True, *[False] * 5]
 
 
 def test_a_filtering_server_wants_clients_it_knows() -> None:

@@ -26,7 +26,8 @@ class FilteredServer:
     ``left_out`` lists who was, a list a judged round; ``shares`` is what part of each client's samples was flagged in
     the last. It protects the top from clients that send what the filter tells from honest samples, once the filter has
     something to go by: what the top learned before, and what those clients send to a fed server, is not its concern.
-    The server keeps a round's activations and labels, which it is sent in any case.
+    The server keeps a round's activations and labels, which it is sent in any case, but no checkpoint of its verdicts.
+    In V1 a copy of the top that learned from nobody still takes part in the average, as one that stayed where it was.
 
     Ours: the filters' papers clean a data set and train anew, which a server that sees each batch once cannot.
     """
@@ -40,6 +41,7 @@ class FilteredServer:
         most: float = 0.25,
         warm_up: int = 12,
         deep: bool = True,
+        least: int = 50,
     ):
         if not learners or not 0 <= most < 1 or warm_up < 1:
             raise ValueError(
@@ -47,7 +49,7 @@ class FilteredServer:
                 f"{len(learners)}, {most} and {warm_up}"
             )
         self.top, self.name, self.learners, self.suspect = top, top.name, dict(learners), suspect
-        self.most, self.warm_up, self.deep = most, warm_up, deep
+        self.most, self.warm_up, self.deep, self.least = most, warm_up, deep, least
         self.rounds = 0
         self.left_out: list[list[str]] = []
         self.shares: dict[str, float] = {}
@@ -76,11 +78,16 @@ class FilteredServer:
             self.left_out.append([client for client, share in self.shares.items() if share > self.most])
 
     def verdict(self, z: Tensor, y: Tensor) -> Tensor:
-        """Return which samples [N] the filter flags by activations [N, …] and labels [N]; not finite ones always."""
-        fine = finite_rows(z)
+        """Return which samples [N] the filter flags by activations [N, …] and labels [N].
+
+        Always those that are not finite, or not before the last layer; all others none, where they are fewer than
+        ``least``.
+        """
+        features = self._features(z)
+        fine = finite_rows(z) & finite_rows(features)
         flagged = ~fine.cpu()
-        if fine.any():
-            flagged[fine.cpu()] = self.suspect(self._features(z[fine]), y.to(z.device)[fine]).flagged.cpu()
+        if int(fine.sum()) >= self.least:
+            flagged[fine.cpu()] = self.suspect(features[fine], y.to(z.device)[fine]).flagged.cpu()
         return flagged
 
     def predict(self, x: Tensor) -> Tensor:
