@@ -236,7 +236,7 @@ class Server:
         for service, own in zip(self._services, state["services"], strict=True):
             service.load_state_dict(own)
         for name, member in self._remote.items():
-            member.load_state_dict(state["members"][name])
+            member.steps = state["members"][name]
         self.served = Served(**state["served"])
         self._before = self.served.nbytes
         self._told(f"goes on from {self._path}: {self.served.rounds} of {self.deployment.rounds} rounds are done")
@@ -256,7 +256,7 @@ class Server:
             "bottom": self.bottom.state_dict(),
             "parts": [part.state_dict() for part in parts if part is not None],
             "services": [service.state_dict() for service in self._services],
-            "members": {name: member.state_dict() for name, member in self._remote.items()},
+            "members": {name: member.steps for name, member in self._remote.items()},
             "served": vars(self.served),
         }  # fmt: skip
         save_checkpoint(self._path, state)

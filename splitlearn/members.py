@@ -117,13 +117,14 @@ class RemoteMember:
         """Return the reply to a verb of the remote member's own; see ``Service``."""
         return self._ask(verb, tensors)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many requests were made: this side's part of the state."""
-        return self._ask.state_dict()
+    @property
+    def steps(self) -> int:
+        """How many requests were made. Set it to go on from a checkpoint of this side."""
+        return self._ask.steps
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned; the next request is then the one that came next."""
-        self._ask.load_state_dict(state)
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._ask.steps = count
 
     def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
         """Have the member train from ``weights``; return its new weights and its number of samples."""

@@ -5,7 +5,6 @@ client ── Remote ── Framed ── Metered ── serve ── Recorded �
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +24,12 @@ class Caller:
     """
 
     def __init__(self, name: str, transport: Transport, session: str):
-        self._name, self._transport, self._session, self._steps = name, transport, session, 0
+        self._name, self._transport, self._session, self.steps = name, transport, session, 0
 
     def __call__(self, verb: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the tensors of the reply."""
-        self._steps += 1
-        request = Message(verb, tensors, self._session, self._steps)
+        self.steps += 1
+        request = Message(verb, tensors, self._session, self.steps)
         reply = self._transport.request(request)
         if (reply.verb, reply.session, reply.step) != (verb, self._session, request.step):
             raise ValueError(
@@ -42,18 +41,6 @@ class Caller:
     def enter(self, session: str) -> None:
         """Ask this session from now on."""
         self._session = session
-
-    def skip(self, count: int) -> None:
-        """Leave out so many steps: they may have been used."""
-        self._steps += count
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many requests were made; with it, what goes on from a checkpoint asks what it asked before."""
-        return {"steps": self._steps}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
-        self._steps = state["steps"]
 
 
 class Remote:
@@ -105,17 +92,14 @@ class Remote:
         """Ask this session from now on; steps go on."""
         self._ask.enter(session)
 
-    def skip(self, count: int) -> None:
-        """Leave out so many steps: they may have been used."""
-        self._ask.skip(count)
+    @property
+    def steps(self) -> int:
+        """How many requests were made. Set it to go on from a checkpoint of this side, or to leave some numbers out."""
+        return self._ask.steps
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many requests were made: this side's part of the state, no stage's."""
-        return self._ask.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned; the next request is then the one that came next."""
-        self._ask.load_state_dict(state)
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._ask.steps = count
 
 
 @dataclass(frozen=True)

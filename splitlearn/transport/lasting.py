@@ -78,7 +78,7 @@ class LastingMember(Member):
             self.begin(weights)
             self._start, self._at, self._count, self._total = start, 0, 0, 0.0
             if self._remote is not None:
-                self._remote.skip(SKIPPED)
+                self._remote.steps += SKIPPED
             self.rounds, self._epoch = self.rounds + 1, self._own_batches.epoch
             self._keep()
         self._own_batches.epoch = self._epoch
@@ -99,7 +99,7 @@ class LastingMember(Member):
         save_checkpoint(
             self.path,
             {
-                "member": self.state_dict(), "server": {} if self._remote is None else self._remote.state_dict(),
+                "member": self.state_dict(), "asked": 0 if self._remote is None else self._remote.steps,
                 "start": self._start, "at": self._at, "count": self._count, "total": self._total,
                 "run": self._run, "rounds": self.rounds, "epoch": self._epoch,
             },
@@ -112,6 +112,6 @@ class LastingMember(Member):
             )
         self.load_state_dict(state["member"])
         if self._remote is not None:
-            self._remote.load_state_dict(state["server"])
+            self._remote.steps = state["asked"]
         self._start, self._at, self._count = state["start"], state["at"], state["count"]
         self._total, self.rounds, self._epoch = state["total"], state["rounds"], state["epoch"]
