@@ -722,9 +722,9 @@ def test_a_training_that_this_release_does_not_know_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["splitfed_v1", "splitfed_v2"])
 def test_kills_do_not_show_in_the_model(protocol: str) -> None:
-    found = killed_training(protocol, kills=4, rounds=10, seed=2)
+    found = killed_training(protocol, kills=4, rounds=10, seed=3)
     assert found["equal"]
-    assert found["kills_server"] >= 1
+    assert min(found[f"kills_{name}"] for name in ("server", "a", "b")) >= 1
 
 
 def test_what_comes_from_a_socket_is_never_unpickled() -> None:
