@@ -50,7 +50,17 @@ from splitlearn.service import Service
 from splitlearn.train import Batches, Predictor, predict
 from splitlearn.wire import Framed, Metered, serve
 
-__all__ = ["FEDERATIONS", "Federated", "Sabotage", "Safeguard", "answers", "bad_members", "federate", "member_shares"]
+__all__ = [
+    "FEDERATIONS",
+    "Federated",
+    "Sabotage",
+    "Safeguard",
+    "answers",
+    "bad_members",
+    "federate",
+    "member_shares",
+    "top_optimizer",
+]
 
 DIVERGED = re.compile("expected (a finite (loss|penalty)|a finite floating-point gradient)")  # also as told over a wire
 FEDERATIONS = ("splitfed_v1", "splitfed_v2", "splitfed_v3", "parallel", "fedavg")
@@ -169,7 +179,7 @@ def federate(
         if safeguard.inspect is not None:
             result.suspects = _suspects(safeguard.inspect, [bottom], splits, training)
         return result
-    top = Learner("server", above, _optimizer(above, training, safeguard), seed=training.seed * 1000)
+    top = Learner("server", above, top_optimizer(above, training, safeguard), seed=training.seed * 1000)
     if safeguard.root:
         bottoms, tops = rooted([bottom, top], training, splits.auxiliary)
         safeguard = replace(safeguard, bottoms=bottoms, tops=tops if sabotage.server is None else mean)
@@ -382,6 +392,7 @@ def _client(name: str, stage: nn.Module, training: Training, guard: Guard | None
     return Learner(name, own, optimizer_for(own, training), guard, seed=training.seed * 1000 + place + 1)
 
 
-def _optimizer(stage: nn.Module, training: Training, safeguard: Safeguard) -> torch.optim.Optimizer | None:
+def top_optimizer(stage: nn.Module, training: Training, safeguard: Safeguard) -> torch.optim.Optimizer | None:
+    """Return the optimizer of a server's stage, its steps clipped where the safeguard says so."""
     inner = optimizer_for(stage, training)
     return inner if inner is None or safeguard.clip is None else ClippedSteps(inner, safeguard.clip)

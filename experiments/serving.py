@@ -32,7 +32,7 @@ from splitlearn.party import Learner
 from splitlearn.service import Answer, Service
 from splitlearn.train import predict
 from splitlearn.transport import Credentials, Gate, GatedMember, Host, Journal, Journaled, held
-from splitlearn.wire import Carrier, Framed, Metered, Transport, serve
+from splitlearn.wire import Framed, Metered, Transport, serve
 
 __all__ = ["Served", "Server"]
 
@@ -106,8 +106,7 @@ class Server:
             name: Metered(serve(_Either(hello[name], self._gates[name]), max_nbytes=most))
             for name in deployment.clients
         }
-        carriers: Mapping[str, Carrier] = self._meters
-        self.host = Host(address, credentials, carriers, deadline=deadline, max_nbytes=most)
+        self.host = Host(address, credentials, self._meters, deadline=deadline, max_nbytes=most)
         self._asked = {name: Metered(self.host.line(name), requests="down") for name in deployment.clients}
         remote = {name: RemoteMember(name, Framed(line, max_nbytes=most), name) for name, line in self._asked.items()}
         self._remote = remote
@@ -205,6 +204,12 @@ class Server:
         return {way: dict(Counter(kinds) + Counter(self._before.get(way, {}))) for way, kinds in now.items()}
 
     @property
+    def _parts(self) -> list[Learner]:
+        """The top, and the copies of it that clients train: sessions that share it have no state of their own."""
+        copies = self.learners.values() if self.deployment.protocol == "splitfed_v1" else ()
+        return [part for part in (self.top, *copies) if part is not None]
+
+    @property
     def _path(self) -> Path:
         return self.folder / "state" / "server.safetensors"
 
@@ -230,8 +235,7 @@ class Server:
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self.bottom.load_state_dict(state["bottom"])
-        parts = [self.top, *self.learners.values()] if self.deployment.protocol == "splitfed_v1" else [self.top]
-        for part, own in zip([part for part in parts if part is not None], state["parts"], strict=True):
+        for part, own in zip(self._parts, state["parts"], strict=True):
             part.load_state_dict(own)
         for service, own in zip(self._services, state["services"], strict=True):
             service.load_state_dict(own)
@@ -248,13 +252,10 @@ class Server:
         if self.served.rounds >= self.deployment.rounds:
             for service in self._services:
                 service.load_state_dict({})  # nobody asks again: no sample's activation stays on the disk
-        parts: list[Learner | None] = [self.top]
-        if self.deployment.protocol == "splitfed_v1":
-            parts += self.learners.values()
         state = {
             "deployment": self.deployment.told(), "run": self.name, "generation": self._generation,
             "bottom": self.bottom.state_dict(),
-            "parts": [part.state_dict() for part in parts if part is not None],
+            "parts": [part.state_dict() for part in self._parts],
             "services": [service.state_dict() for service in self._services],
             "members": {name: member.steps for name, member in self._remote.items()},
             "served": vars(self.served),

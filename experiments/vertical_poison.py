@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from defenses.poisoning import ClippedSteps
-from experiments.bad_members import DIVERGED, Federated, Sabotage, Safeguard, answers
+from experiments.bad_members import DIVERGED, Federated, Sabotage, Safeguard, answers, top_optimizer
 from experiments.setups import counted
 from experiments.training import Training, optimizer_for
 from splitlearn.data import Splits, partition
@@ -38,8 +38,7 @@ def train_vertically(training: Training, splits: Splits, *, sabotage: Sabotage, 
         for place, (stage, own) in enumerate(zip(stages, halves, strict=True))
     ]
     above = above.to(training.device)
-    inner = optimizer_for(above, training)
-    steps = inner if inner is None or safeguard.clip is None else ClippedSteps(inner, safeguard.clip)
+    steps = top_optimizer(above, training, safeguard)
     owner = Learner("server", above, steps, seed=training.seed * 1000)
     villain = None
     if sabotage.villain is not None:

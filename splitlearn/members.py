@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from splitlearn.frames import Kind
 from splitlearn.party import Learner, Party
 from splitlearn.protocols import vanilla
-from splitlearn.remote import Caller
+from splitlearn.remote import Asked
 from splitlearn.service import keyed, named
 from splitlearn.wire import Transport
 
@@ -102,7 +102,7 @@ class Member:
             self.batches.load_state_dict(state["batches"])
 
 
-class RemoteMember:
+class RemoteMember(Asked):
     """A member on the other end of a transport.
 
     With ``updates`` it answers with the difference to the weights that it was given, which a codec may pack;
@@ -110,21 +110,8 @@ class RemoteMember:
     """
 
     def __init__(self, name: str, transport: Transport, session: str, *, updates: bool = False):
-        self.name = name
-        self._ask, self._updates = Caller(name, transport, session), updates
-
-    def ask(self, verb: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the reply to a verb of the remote member's own; see ``Service``."""
-        return self._ask(verb, tensors)
-
-    @property
-    def steps(self) -> int:
-        """How many requests were made. Set it to go on from a checkpoint of this side."""
-        return self._ask.steps
-
-    @steps.setter
-    def steps(self, count: int) -> None:
-        self._ask.steps = count
+        super().__init__(name, transport, session)
+        self._updates = updates
 
     def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
         """Have the member train from ``weights``; return its new weights and its number of samples."""

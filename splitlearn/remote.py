@@ -14,7 +14,7 @@ from splitlearn.party import Party
 from splitlearn.service import Answering, Service, keyed, named, need
 from splitlearn.wire import Framed, Metered, Recorded, Transport, serve
 
-__all__ = ["Caller", "Remote", "Wire", "wire"]
+__all__ = ["Asked", "Caller", "Remote", "Wire", "wire"]
 
 
 class Caller:
@@ -43,16 +43,33 @@ class Caller:
         self._session = session
 
 
-class Remote:
-    """A party on the other end of a transport. Protocols cannot tell it from one in this process."""
+class Asked:
+    """Whoever is on the other end of a transport, as this side knows it: a name, and requests that are counted."""
 
     def __init__(self, name: str, transport: Transport, session: str):
         self.name = name
         self._ask = Caller(name, transport, session)
 
     def ask(self, verb: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the reply to a verb of the remote party's own, such as a protection has; see ``Service``."""
+        """Return the reply to a verb of its own, such as a protection has; see ``Service``."""
         return self._ask(verb, tensors)
+
+    def enter(self, session: str) -> None:
+        """Ask this session from now on; steps go on."""
+        self._ask.enter(session)
+
+    @property
+    def steps(self) -> int:
+        """How many requests were made. Set it to go on from a checkpoint of this side, or to leave some numbers out."""
+        return self._ask.steps
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._ask.steps = count
+
+
+class Remote(Asked):
+    """A party on the other end of a transport. Protocols cannot tell it from one in this process."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the remote stage's activation as a fresh leaf that asks for a gradient."""
@@ -87,19 +104,6 @@ class Remote:
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Have the remote stage take over parameters and buffers."""
         self._ask("load_weights", keyed(weights, Kind.WEIGHTS))
-
-    def enter(self, session: str) -> None:
-        """Ask this session from now on; steps go on."""
-        self._ask.enter(session)
-
-    @property
-    def steps(self) -> int:
-        """How many requests were made. Set it to go on from a checkpoint of this side, or to leave some numbers out."""
-        return self._ask.steps
-
-    @steps.setter
-    def steps(self, count: int) -> None:
-        self._ask.steps = count
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ import torch
 from splitlearn.frames import MAX_NBYTES, Codec, Kind, Message, decode, encode, frame_nbytes
 from splitlearn.misfit import Refused
 
-__all__ = ["Carrier", "Exchange", "Framed", "Metered", "Recorded", "Transport", "copied", "serve"]
+__all__ = ["ROUND", "Carrier", "Exchange", "Framed", "Metered", "Recorded", "Transport", "copied", "serve"]
 
 MAX_ERROR_NBYTES = 10_000  # of an error's text that are read
+ROUND = "@"  # a session may be asked as name@tag, where the tag says for which round
 REPEATED = 8  # replies of a session that are kept packed, in case they are asked for again
 
 Carrier = Callable[[bytes], bytes]  # takes a request's frame, returns the reply's
@@ -104,7 +105,7 @@ def serve(transport: Transport, codec: Codec | None = None, *, max_nbytes: int =
             reply = transport.request(decode(frame, codec, max_nbytes=max_nbytes))
             if codec is None:
                 return encode(reply)
-            before = sent.setdefault(reply.session.partition("@")[0], deque(maxlen=REPEATED))
+            before = sent.setdefault(reply.session.partition(ROUND)[0], deque(maxlen=REPEATED))
             for again, packed in before:
                 if again.tensors is reply.tensors and again.step == reply.step:
                     return packed

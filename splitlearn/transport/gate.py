@@ -10,11 +10,9 @@ from torch import Tensor
 
 from splitlearn.frames import Message
 from splitlearn.members import FedMember, Weights
-from splitlearn.wire import Transport
+from splitlearn.wire import ROUND, Transport
 
-__all__ = ["ROUND", "Gate", "GatedMember", "round_tag"]
-
-ROUND = "@"  # a client asks its session, name@tag, where the tag says for which round
+__all__ = ["Gate", "GatedMember", "round_tag"]
 
 
 def round_tag(weights: Mapping[str, Tensor]) -> str:

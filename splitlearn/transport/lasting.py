@@ -14,7 +14,8 @@ from splitlearn.party import Learner
 from splitlearn.remote import Remote
 from splitlearn.service import Answer
 from splitlearn.train import Batches
-from splitlearn.transport.gate import ROUND, round_tag
+from splitlearn.transport.gate import round_tag
+from splitlearn.wire import ROUND
 
 __all__ = ["LastingMember"]
 
