@@ -7,8 +7,6 @@ stay in the global model as they were.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 from splitlearn.members import FedMember, Member, RemoteMember, Weights, batch_norm_entries
 from splitlearn.party import Learner, Party
 from splitlearn.protocols import parallel
+from splitlearn.rounds import NobodyFinishedError, Round, check_names, collect, collect_each, finished
 
 __all__ = [
     "Aggregator", "FedMember", "Member", "NobodyFinishedError", "RemoteMember", "Round", "apart_round",
@@ -37,7 +36,7 @@ class Aggregator(Protocol):
 
 
 def mean(
-    weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int], start: Mapping[str, Tensor] | None = None
+    weights: Sequence[Mapping[str, Tensor]], counts: Sequence[float], start: Mapping[str, Tensor] | None = None
 ) -> Weights:
     """Return Σ (n/N)·w over the members with samples, entry by entry; integer entries are the first such one's.
 
@@ -67,24 +66,15 @@ def mean(
     return result
 
 
-@dataclass(frozen=True)
-class Round:
-    """Who took part in a round with how many samples, who dropped out, and the mean loss where the server knows it."""
-
-    counts: dict[str, int]
-    dropped: tuple[str, ...] = ()
-    loss: float = float("nan")
-
-
 def fedavg_round(members: Sequence[FedMember], model: Party, *, aggregate: Aggregator = mean) -> Round:
     """Every member trains the whole model on its own data, the fed server averages.
 
     (McMahan et al. 2017, arXiv:1602.05629.) ``model`` is the fed server's copy: it gives the round's
     start and takes its result. Members in other processes train at the same time.
     """
-    _named(members)
+    check_names(members)
     start = model.weights()
-    weights, counts, done = _finished(*_collect(members, start, at_once=True))
+    weights, counts, done = finished(*collect(members, start, at_once=True))
     model.load_weights({**start, **aggregate(weights, counts, start)})
     return done
 
@@ -105,12 +95,12 @@ def splitfed_v1_round(
     averages bottoms by ``aggregate``, the main server its copies by ``aggregate_tops``, by the same where None.
     Members in other processes train at the same time.
     """
-    _named(members, sessions)
+    check_names(members, sessions)
     _apart(sessions)
     start, top_start = bottom.weights(), top.weights()
     for member in members:
         sessions[member.name].load_weights(top_start)
-    weights, counts, done = _finished(*_collect(members, start, at_once=True))
+    weights, counts, done = finished(*collect(members, start, at_once=True))
     bottom.load_weights({**start, **aggregate(weights, counts, start)})
     tops = [sessions[name].weights() for name in done.counts]
     top.load_weights((aggregate_tops or aggregate)(tops, counts, top_start))
@@ -130,14 +120,14 @@ def splitfed_v2_round(
     server's, as given where None. Deviation: a member's batches follow each other; the paper leaves the
     interleaving open. What the server learned from a member that then dropped out stays in it.
     """
-    _named(members)
+    check_names(members)
     places = list(range(len(members)) if order is None else order)
     if sorted(places) != list(range(len(members))):
         raise ValueError(f"expected an order that visits each of {len(members)} members once, got {places}")
     start = bottom.weights()
-    results, dropped = _collect([members[place] for place in places], start)
+    results, dropped = collect([members[place] for place in places], start)
     in_place = {member.name: results[member.name] for member in members if member.name in results}
-    weights, counts, done = _finished(in_place, dropped)
+    weights, counts, done = finished(in_place, dropped)
     bottom.load_weights({**start, **aggregate(weights, counts, start)})
     return done
 
@@ -150,7 +140,7 @@ def splitfed_v3_round(
     aggregate: Aggregator = mean,
 ) -> Round:
     """Bottoms stay with their members, only the tops are averaged (Gawali et al. 2020, arXiv:2012.12591)."""
-    _named(members, sessions)
+    check_names(members, sessions)
     _apart(sessions)
     start = top.weights()
     for member in members:
@@ -167,28 +157,23 @@ def in_turn_round(members: Sequence[FedMember], bottom: Party) -> Round:
     weights. Optimizer states are never handed over. Past one that drops out the bottom before it is handed on;
     what the server learned from it stays.
     """
-    _named(members)
+    check_names(members)
     weights = bottom.weights()
     results: dict[str, tuple[Weights, int]] = {}
     dropped: list[str] = []
     for member in members:
-        one, lost = _collect([member], weights)
+        one, lost = collect([member], weights)
         results, dropped = results | one, dropped + lost
         weights = weights | one[member.name][0] if one else weights
-    _, _, done = _finished(results, dropped)
+    _, _, done = finished(results, dropped)
     bottom.load_weights(weights)
     return done
 
 
 def apart_round(members: Sequence[Member]) -> Round:
     """Several clients in turn against one server, each with a bottom of its own; nothing is handed over."""
-    _named(members)
-    results: dict[str, tuple[Weights, int]] = {}
-    dropped: list[str] = []
-    for member in members:
-        one, lost = _collect([member], member.learner.weights())
-        results, dropped = results | one, dropped + lost
-    return _finished(results, dropped)[2]
+    check_names(members)
+    return finished(*collect_each(members, [member.learner.weights() for member in members]))[2]
 
 
 def parallel_round(
@@ -205,7 +190,7 @@ def parallel_round(
     it and their bottoms are averaged into it at the end; otherwise they stay apart. A step needs all who are in it,
     so that a client that cannot be reached ends the round with its ``ConnectionError``.
     """
-    _named(clients)
+    check_names(clients)
     if len(batches) != len(clients):
         raise ValueError(f"expected batches for each client, got {len(batches)} for {len(clients)} clients")
     if bottom is not None:
@@ -237,65 +222,8 @@ def sample(members: Sequence[T], count: int, generator: torch.Generator) -> list
     return [members[place] for place in chosen.tolist()]
 
 
-class NobodyFinishedError(ValueError):
-    """A round that all members dropped out of."""
-
-
-class Named(Protocol):
-    """What has a name."""
-
-    name: str
-
-
 def _apart(sessions: Mapping[str, Party]) -> None:
     """Refuse sessions that share a stage: training them would be SplitFed V2 under another name."""
     stages = [id(session.stage) for session in sessions.values() if isinstance(session, Learner)]
     if len(set(stages)) < len(stages):
         raise ValueError("expected a server copy for each member, got sessions of one stage; use server.replica(name)")
-
-
-def _named(members: Sequence[Named], sessions: Mapping[str, Party] | None = None) -> None:
-    """Refuse members that share a name, or one without a session on the main server."""
-    names = [member.name for member in members]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"expected members, each of a name of its own, got {', '.join(names) or 'none'}")
-    if sessions is not None and (missing := [name for name in names if name not in sessions]):
-        raise ValueError(
-            f"expected a session of the main server for each member, got none for {', '.join(missing)}; "
-            "make one with server.replica(name)"
-        )
-
-
-def _collect(
-    members: Sequence[FedMember], weights: Mapping[str, Tensor], *, at_once: bool = False
-) -> tuple[dict[str, tuple[Weights, int]], list[str]]:
-    """Return the result of each member that finished the round, and the names of those that dropped out.
-
-    ``at_once`` asks those in other processes (``elsewhere``) at the same time; the order of results stays.
-    """
-    results, dropped = {}, []
-    far = [member for member in members if at_once and getattr(member, "elsewhere", False)]
-    pool = ThreadPoolExecutor(len(far) or 1)
-    try:
-        asked = {member.name: pool.submit(member.round, weights) for member in far}
-        for member in members:
-            try:
-                one = asked[member.name].result() if member.name in asked else member.round(weights)
-                results[member.name] = one
-            except (ConnectionError, TimeoutError):
-                dropped.append(member.name)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for them
-    return results, dropped
-
-
-def _finished(
-    results: Mapping[str, tuple[Weights, int]], dropped: Sequence[str]
-) -> tuple[list[Weights], list[int], Round]:
-    """Return the weights, the counts and the record of a round that somebody finished."""
-    if not results:
-        raise NobodyFinishedError(
-            f"expected a member to finish the round, all dropped out: {', '.join(dropped)}; run it again"
-        )
-    counts = {name: count for name, (_, count) in results.items()}
-    return [weights for weights, _ in results.values()], list(counts.values()), Round(counts, tuple(dropped))

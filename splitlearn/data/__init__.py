@@ -13,6 +13,7 @@ from splitlearn.data.dataset import Dataset, Splits, split
 from splitlearn.data.download import download
 from splitlearn.data.idx import load_idx
 from splitlearn.data.partition import by_group, dirichlet, iid, shards, vertical
+from splitlearn.data.skew import device_noise, quantities
 from splitlearn.data.standardise import standardise
 from splitlearn.data.table import Schema, load_csv
 from splitlearn.data.text import Tokenizer, load_lines
@@ -26,6 +27,7 @@ __all__ = [
     "Splits",
     "Tokenizer",
     "by_group",
+    "device_noise",
     "dirichlet",
     "download",
     "iid",
@@ -35,6 +37,7 @@ __all__ = [
     "load_idx",
     "load_lines",
     "load_npz",
+    "quantities",
     "shards",
     "split",
     "standardise",
