@@ -9,11 +9,12 @@ import json
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from math import prod
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ MAX_NBYTES = 1 << 30
 MAX_DIMS = 8
 STEP_DIGITS = 12  # fixed width, or byte counts drift with the step
 PART = "#"  # a codec's parts of a tensor cross as key#part
+STEP, NO_STEP = b'"step":"', b"0" * STEP_DIGITS  # what stands before the step in a header, and step 0
+KEPT = 128  # headers, less their steps, of messages that come again and again: written, or checked, once
+KEPT_TENSORS, KEPT_NBYTES = 16, 2048  # the greatest that are kept, to write and to read
 
 DTYPES = {
     "F64": torch.float64,
@@ -113,24 +117,22 @@ def encode(message: Message, codec: Codec | None = None) -> bytes:
     """
     if not 0 <= message.step < 10**STEP_DIGITS:
         raise ValueError(f"expected a step from 0 to 10^{STEP_DIGITS} - 1, got {message.step}; count requests from 1")
-    metadata = {"verb": message.verb, "session": message.session, "step": f"{message.step:0{STEP_DIGITS}d}"}
+    places = tuple((key, tensor.dtype, tensor.shape) for key, tensor in message.tensors.items())
+    if codec is None:
+        head = (_kept_head if len(places) <= KEPT_TENSORS else _plain_head)(message.verb, message.session, places)
+        return _frame(head, message.step, message.tensors)
+    _check(places)
     tensors: dict[str, Tensor] = {}
     packed: dict[str, list[Any]] = {}
     for key, tensor in message.tensors.items():
-        kind = Kind.of(key)
-        if tensor.dtype not in DTYPE_NAMES or tensor.ndim > MAX_DIMS or PART in key:
-            raise ValueError(
-                f"expected a tensor of type {', '.join(DTYPES)}, of at most {MAX_DIMS} dimensions, under a key without "
-                f"{PART!r}; got {tensor.dtype} of {tensor.ndim} dimensions under {_short(key)}; cast, reshape or rename"
-            )
-        if codec is not None and kind in codec.kinds and tensor.is_floating_point():
+        if Kind.of(key) in codec.kinds and tensor.is_floating_point():
             packed[key] = [DTYPE_NAMES[tensor.dtype], list(tensor.shape)]
             tensors.update({f"{key}{PART}{part}": t for part, t in codec.pack(key, tensor.detach()).items()})
         else:
             tensors[key] = tensor
-    if codec is not None:
-        metadata |= {"codec": codec.name, "packed": _write(packed)}
-    return _frame(metadata, tensors)
+    places = tuple((key, tensor.dtype, tensor.shape) for key, tensor in tensors.items())
+    head = _head({"verb": message.verb, "session": message.session}, places, codec.name, _write(packed))
+    return _frame(head, message.step, tensors)
 
 
 def decode(
@@ -142,18 +144,15 @@ def decode(
     and as they are unpacked. The payload is not checked here: files check theirs by checksum, sockets by TLS.
     """
     view = memoryview(frame)
-    header, start = _header(view)
-    metadata = _metadata(header)
-    tensors = {
-        key: _tensor(view[start + low : start + high], dtype, shape)
-        for key, dtype, shape, low, high in _layout(header, len(view) - start, max_nbytes)
-    }
+    text, start = _header(view)
+    metadata, places, step = _described(text, len(view) - start, max_nbytes)
+    tensors = {key: _tensor(view[start + low : start + high], dtype, shape) for key, dtype, shape, low, high in places}
     if metadata["codec"] is not None:
         tensors = _unpacked(tensors, metadata, codec, max_nbytes)
     for key in tensors:
         if PART in key:
             raise ValueError(f"malformed frame: {_short(key)} is a part of no packed tensor")
-    return Message(metadata["verb"], tensors, metadata["session"], metadata["step"])
+    return Message(metadata["verb"], tensors, metadata["session"], step)
 
 
 def frame_nbytes(frame: bytes | bytearray | memoryview) -> Counter[str]:
@@ -161,35 +160,79 @@ def frame_nbytes(frame: bytes | bytearray | memoryview) -> Counter[str]:
 
     The counts add up to ``len(frame)``; a malformed header is a ``ValueError``.
     """
-    header, start = _header(memoryview(frame))
-    header.pop("__metadata__", None)
-    counts: Counter[str] = Counter()
-    for key, _, _, low, high in _layout(header, len(frame) - start, 1 << 60):
-        counts[Kind.of(key.partition(PART)[0]).value] += high - low
+    text, start = _header(memoryview(frame))
+    at, nbytes = _step_at(text), len(frame) - start
+    counts = Counter(_counts(text, nbytes) if at is None else _kept_counts(_without_step(text, at), nbytes))
     counts[Kind.FRAMING.value] = start
     return counts
 
 
-def _frame(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": metadata}
-    chunks, at = [], 0
-    for key, tensor in tensors.items():
-        raw = tensor.detach().cpu().contiguous()
-        end = at + raw.nbytes
-        header[key] = {"dtype": DTYPE_NAMES[raw.dtype], "shape": list(raw.shape), "data_offsets": [at, end]}
-        chunks.append(_numpy(raw).data)
+Place = tuple[str, torch.dtype, tuple[int, ...]]  # key, type and shape of a tensor
+
+
+class _Head(NamedTuple):
+    """A header about its step: the text before and after, the payload's length, and the checksum as far as the step."""
+
+    before: bytes
+    after: bytes
+    payload: int
+    crc: int
+
+
+def _check(places: Sequence[Place]) -> None:
+    for key, dtype, shape in places:
+        Kind.of(key)
+        if dtype not in DTYPE_NAMES or len(shape) > MAX_DIMS or PART in key:
+            raise ValueError(
+                f"expected a tensor of type {', '.join(DTYPES)}, of at most {MAX_DIMS} dimensions, under a key without "
+                f"{PART!r}; got {dtype} of {len(shape)} dimensions under {_short(key)}; cast, reshape or rename"
+            )
+
+
+def _plain_head(verb: str, session: str, places: tuple[Place, ...]) -> _Head:
+    """Return the header of tensors that no codec packs."""
+    _check(places)
+    return _head({"verb": verb, "session": session}, places)
+
+
+_kept_head = lru_cache(KEPT)(_plain_head)
+
+
+def _head(metadata: dict[str, str], places: Sequence[Place], codec: str | None = None, packed: str = "") -> _Head:
+    also = {} if codec is None else {"codec": codec, "packed": packed}
+    header: dict[str, Any] = {"__metadata__": {**metadata, "step": NO_STEP.decode(), **also}}
+    at = 0
+    for key, dtype, shape in places:
+        end = at + prod(shape) * dtype.itemsize
+        header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = _write(header).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_NBYTES:
         raise ValueError(f"expected a header of at most {MAX_HEADER_NBYTES} bytes, got {len(text)}; send fewer tensors")
-    body = LENGTH.pack(len(text)) + text
-    crc = zlib.crc32(body, zlib.crc32(PRELUDE.pack(MAGIC, VERSION, 0, 0, 0, at)))
-    return b"".join([PRELUDE.pack(MAGIC, VERSION, 0, crc, 0, at), body, *chunks])
+    body, step = LENGTH.pack(len(text)) + text, LENGTH.size + text.index(STEP) + len(STEP)
+    before = body[:step]
+    crc = zlib.crc32(before, zlib.crc32(PRELUDE.pack(MAGIC, VERSION, 0, 0, 0, at)))
+    return _Head(before, body[step + STEP_DIGITS :], at, crc)
 
 
-def _header(view: memoryview) -> tuple[dict[str, Any], int]:
-    """Return the checked JSON header and the offset at which the payload starts."""
+def _frame(head: _Head, step: int, tensors: Mapping[str, Tensor]) -> bytes:
+    rest = b"%0*d%b" % (STEP_DIGITS, step, head.after)
+    prelude = PRELUDE.pack(MAGIC, VERSION, 0, zlib.crc32(rest, head.crc), 0, head.payload)
+    return b"".join([prelude, head.before, rest, *map(_memory, tensors.values())])
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """Return the tensor's bytes; torch is asked only for what is needed, as each call lets other threads go first."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        tensor = tensor.cpu().contiguous()
+    return memoryview(_numpy(tensor))
+
+
+def _header(view: memoryview) -> tuple[bytes, int]:
+    """Return the text of the header, as its checksum says, and the offset at which the payload starts."""
     least = PRELUDE.size + LENGTH.size
     if len(view) < least:
         raise ValueError(f"malformed frame: expected at least {least} bytes, got {len(view)}")
@@ -205,10 +248,60 @@ def _header(view: memoryview) -> tuple[dict[str, Any], int]:
             f"malformed frame: its header of {length} and payload of {payload} bytes do not make up the {len(view)} "
             "bytes that came; it was cut short, or its lengths are wrong"
         )
-    found = zlib.crc32(view[PRELUDE.size : start], zlib.crc32(PRELUDE.pack(magic, version, 0, 0, 0, payload)))
+    body = bytes(view[PRELUDE.size : start])
+    found = zlib.crc32(body, zlib.crc32(PRELUDE.pack(magic, version, 0, 0, 0, payload)))
     if found != crc:
         raise ValueError(f"malformed frame: expected header checksum {crc:08x}, got {found:08x}; send it again")
-    return _object(bytes(view[least:start]), "header"), start
+    return body[LENGTH.size :], start
+
+
+def _described(
+    text: bytes, nbytes: int, max_nbytes: int
+) -> tuple[dict[str, Any], list[tuple[str, torch.dtype, tuple[int, ...], int, int]], int]:
+    """Return the checked metadata and layout, which nobody may change, and the step.
+
+    A header that differs from one that was checked in the digits of its step alone is not checked again. In a header
+    that is well-formed ``"step":"`` stands nowhere but before the step, as keys elsewhere are checked, and quotes
+    within strings are escaped.
+    """
+    at = _step_at(text)
+    if at is None:
+        metadata, places = _parsed(text, nbytes, max_nbytes)
+        return metadata, places, metadata["step"]
+    metadata, places = _kept(_without_step(text, at), nbytes, max_nbytes)
+    return metadata, places, int(text[at : at + STEP_DIGITS])
+
+
+def _step_at(text: bytes) -> int | None:
+    """Return where the digits of the step begin in a header that is short enough to be kept."""
+    at = text.find(STEP) + len(STEP)
+    end = at + STEP_DIGITS
+    kept = at >= len(STEP) and len(text) <= KEPT_NBYTES and text[at:end].isdigit() and text[end : end + 1] == b'"'
+    return at if kept else None
+
+
+def _without_step(text: bytes, at: int) -> bytes:
+    return text[:at] + NO_STEP + text[at + STEP_DIGITS :]
+
+
+def _parsed(
+    text: bytes, nbytes: int, max_nbytes: int
+) -> tuple[dict[str, Any], list[tuple[str, torch.dtype, tuple[int, ...], int, int]]]:
+    header = _object(text, "header")
+    return _metadata(header), _layout(header, nbytes, max_nbytes)
+
+
+def _counts(text: bytes, nbytes: int) -> dict[str, int]:
+    """Return the payload's bytes by kind."""
+    header = _object(text, "header")
+    header.pop("__metadata__", None)
+    counts: Counter[str] = Counter()
+    for key, _, _, low, high in _layout(header, nbytes, 1 << 60):
+        counts[Kind.of(key.partition(PART)[0]).value] += high - low
+    return counts
+
+
+_kept, _kept_counts = lru_cache(KEPT)(_parsed), lru_cache(KEPT)(_counts)
 
 
 def _object(text: bytes, what: str) -> dict[str, Any]:

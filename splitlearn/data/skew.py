@@ -28,9 +28,12 @@ def device_noise(x: Tensor, client: int, clients: int, level: float, seed: int) 
     """Return the samples as this client's device takes them: Gaussian noise of variance level · (client + 1)/clients.
 
     Feature skew of Li et al. 2021 (arXiv:2102.02079), whose first of N parties has level·1/N. ``client`` counts from 0.
+    Images may leave their range, as they do there.
     """
     if not 0 <= client < clients or not 0 <= level < float("inf"):
         raise ValueError(f"expected a client from 0 to {clients - 1} and a level of 0 or more, got {client}, {level}")
+    if not x.is_floating_point():
+        raise ValueError(f"expected inputs that are numbers, got {x.dtype}; tokens have no sensor's noise")
     draws = torch.Generator().manual_seed(seed * 1_000_003 + client)
     spread = (level * (client + 1) / clients) ** 0.5
     return x + spread * torch.randn(x.shape, generator=draws, dtype=x.dtype).to(x.device)

@@ -27,7 +27,7 @@ from splitlearn.paradigms.gossip import (
     ring,
     spectral_gap,
 )
-from splitlearn.paradigms.local_loss import local_loss
+from splitlearn.paradigms.local_loss import LocalLossMember, local_loss
 from splitlearn.paradigms.personal import entries_above, fine_tuned
 from splitlearn.paradigms.proximal import ProximalMember
 from splitlearn.paradigms.scaffold import ScaffoldMember, no_control, scaffold_round
@@ -35,7 +35,7 @@ from splitlearn.paradigms.unlike_cuts import unlike_cuts_round
 
 __all__ = [
     "UNLABELLED", "Absent", "Buffered", "Consensus", "Distilled", "DistillingMember", "Elastic", "Forgetting",
-    "GossipRound", "ProximalMember", "Replay", "Replayed", "ScaffoldMember", "circulant", "complete",
+    "GossipRound", "LocalLossMember", "ProximalMember", "Replay", "Replayed", "ScaffoldMember", "circulant", "complete",
     "consensus_distance", "distil",
     "distillation_loss", "distillation_round", "entries_above", "fedbuff", "fine_tuned", "fisher", "forgetting",
     "gossip_round", "local_loss", "metropolis", "mutual", "no_control", "polynomial", "ring",

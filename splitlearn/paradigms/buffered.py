@@ -48,8 +48,8 @@ def fedbuff(
     samples, as in FedAvg; the server's rate is 1; all members train all the time.
     """
     check_names(members)
-    if not buffer >= 1:
-        raise ValueError(f"expected a buffer of 1 answer or more, got {buffer}")
+    if not (buffer >= 1 and updates >= 1):
+        raise ValueError(f"expected a buffer of 1 answer or more and 1 update or more, got {buffer} and {updates}")
     begun = dict.fromkeys((member.name for member in members), 0)
     version, now = 0, model.weights()
     waiting: list[tuple[float, int, int, Weights]] = []  # until when, place, version and weights that it began with
@@ -67,11 +67,10 @@ def fedbuff(
     held: list[tuple[str, int, int, Weights, Weights]] = []
     dropped: list[str] = []
     lost = 0
-    while version < updates:
+    while True:
         clock = min(one[0] for one in waiting)
         arrived = sorted((one for one in waiting if one[0] == clock), key=lambda one: one[1])
         waiting = [one for one in waiting if one[0] != clock]
-        done: list[Buffered] = []
         for _, place, began, weights in arrived:
             try:
                 found, count = members[place].round(weights)
@@ -83,7 +82,7 @@ def fedbuff(
                 continue
             lost = 0
             held.append((members[place].name, count, began, weights, found))
-            if len(held) == buffer and version < updates:
+            if len(held) == buffer:
                 stale = tuple(version - one[2] for one in held)
                 moved = [
                     _rebased(one[4], one[3], now, weight(old)) if old or weight(old) != 1 else one[4]
@@ -92,9 +91,10 @@ def fedbuff(
                 counts = [one[1] for one in held]
                 model.load_weights({**now, **aggregate(moved, counts, now)})
                 version, now = version + 1, model.weights()
-                done.append(Buffered(clock, tuple((one[0], one[1]) for one in held), stale, tuple(dropped)))
+                yield Buffered(clock, tuple((one[0], one[1]) for one in held), stale, tuple(dropped))
                 held, dropped = [], []
-        yield from done
+                if version == updates:
+                    return
         for _, place, _, _ in arrived:
             start(place, clock)
 

@@ -83,6 +83,17 @@ class Replayed:
         for x, y in self.batches:
             self.memory.add(x, y)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory's state, and that of the batches where they have one."""
+        batches = self.batches.state_dict() if hasattr(self.batches, "state_dict") else {}
+        return {"memory": self.memory.state_dict(), "batches": batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        self.memory.load_state_dict(state["memory"])
+        if hasattr(self.batches, "load_state_dict"):
+            self.batches.load_state_dict(state["batches"])
+
 
 class Elastic:
     """Holds a party's parameters where earlier tasks need them (EWC, Kirkpatrick et al. 2017, arXiv:1612.00796).
@@ -105,6 +116,14 @@ class Elastic:
             raise ValueError("expected information of each parameter's shape; take it with fisher(…) of this learner")
         self._tasks.append((list(information), [own.detach().clone() for own in self._parameters]))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tasks that were consolidated."""
+        return {"tasks": [(list(information), list(own)) for information, own in self._tasks]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        self._tasks = [(list(information), list(own)) for information, own in state["tasks"]]
+
     def _pull(self) -> list[Tensor] | None:
         if not self._tasks:
             return None
@@ -119,20 +138,30 @@ def fisher(
 ) -> list[list[Tensor]]:
     """Return each learner's empirical Fisher information, a tensor a parameter: its mean squared gradient over samples.
 
-    ``step(x, y)`` is a step of any protocol that all learners take part in; it is made for one sample at a time, and
-    moves no parameter. Labels are the true ones (Kirkpatrick et al. draw the model's own: deviation, and common).
+    ``step(x, y)`` is a step of any protocol in which each learner itself, no session of it, steps once; it is made for
+    one sample at a time, and moves neither parameters nor buffers. Penalties and corrections are not in it. Labels are
+    the true ones (Kirkpatrick et al. draw the model's own: deviation, and common).
     Across a wire it costs one step's messages a sample.
     """
     optimizers = [learner.optimizer for learner in learners]
     sums = [_Squares(trained(learner)) for learner in learners]
+    if not len(x) or len(x) != len(y):
+        raise ValueError(f"expected a sample or more and as many labels, got {len(x)} and {len(y)}")
+    before = [learner.weights() for learner in learners]
     try:
         for learner, own in zip(learners, sums, strict=True):
             learner.optimizer = own
         for one in range(len(x)):
             step(x[one : one + 1], y[one : one + 1])
+            if missed := [lr.name for lr, own in zip(learners, sums, strict=True) if own.steps != one + 1]:
+                raise ValueError(
+                    f"expected a step of each learner a sample, got none, or several, of {', '.join(missed)}; pass the "
+                    "learners that the protocol steps, and no others"
+                )
     finally:
-        for learner, optimizer in zip(learners, optimizers, strict=True):
+        for learner, optimizer, weights in zip(learners, optimizers, before, strict=True):
             learner.optimizer = optimizer
+            learner.load_weights(weights)
     return [[total / len(x) for total in own.totals] for own in sums]
 
 
@@ -143,9 +172,11 @@ class _Squares(torch.optim.Optimizer):
         super().__init__(parameters, {})
         self._parameters = list(parameters)
         self.totals = [torch.zeros_like(own) for own in parameters]
+        self.steps = 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.steps += 1
         for total, own in zip(self.totals, self._parameters, strict=True):
             if own.grad is not None:
                 total += own.grad.square()
@@ -155,9 +186,9 @@ class _Squares(torch.optim.Optimizer):
 class Forgetting:
     """Of a sequence of T tasks: mean accuracy at the end, forgetting and backward transfer over the first T − 1.
 
-    Forgetting is a task's best accuracy before the end less that at the end, −1 to 1 (Chaudhry et al. 2018,
-    arXiv:1801.10112); backward transfer that at the end less that right after it was learned (Lopez-Paz & Ranzato 2017,
-    arXiv:1706.08840).
+    Forgetting is a task's best accuracy since it was learned and before the last task, less that at the end, −1 to 1
+    (Chaudhry et al. 2018, arXiv:1801.10112); backward transfer that at the end less that right after it was learned
+    (Lopez-Paz & Ranzato 2017, arXiv:1706.08840).
     """
 
     accuracy: float

@@ -30,6 +30,8 @@ def distillation_loss(logits: Tensor, teacher: Tensor, y: Tensor, *, alpha: floa
     """
     soft, goal = log_softmax(logits / temperature, 1), log_softmax(teacher / temperature, 1)
     divergence = temperature**2 * kl_div(soft, goal, log_target=True, reduction="batchmean")
+    if bool((y < UNLABELLED).any()):
+        raise ValueError(f"expected labels of 0 or more, or {UNLABELLED} for none, got {int(y.min())}")
     known = y != UNLABELLED
     if not bool(known.any()) or alpha == 0:
         return (1 - alpha) * divergence
@@ -67,7 +69,10 @@ def taught(y: Tensor, logits: Tensor) -> Tensor:
         raise ValueError(
             f"expected labels (batch,) and logits (batch, classes), got {tuple(y.shape)} and {tuple(logits.shape)}"
         )
-    return torch.cat([y[:, None].to(logits.device, logits.dtype), logits], 1)
+    label = y.to(logits.device, logits.dtype)
+    if not torch.equal(label.to(y.dtype), y.to(logits.device)):
+        raise ValueError(f"expected labels that {logits.dtype} holds exactly, got {int(y.max())}; give wider logits")
+    return torch.cat([label[:, None], logits], 1)
 
 
 def distil(student: Party, teacher: Predictor, x: Tensor, y: Tensor) -> Tensor:
@@ -82,8 +87,8 @@ def distil(student: Party, teacher: Predictor, x: Tensor, y: Tensor) -> Tensor:
 def mutual(first: Party, second: Party, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Two peers teach each other while they learn (deep mutual learning, Zhang et al. 2018, arXiv:1706.00384).
 
-    Both losses are ``Distilled``, α = ½ and T = 1 in the paper (up to a factor of 2). Both answer before either
-    steps. Deviation: they answer in evaluation mode.
+    Both losses are ``Distilled``, α = ½ and T = 1 in the paper (up to a factor of 2). Deviations: both answer before
+    either steps, where the paper asks the first again after its step; and they answer in evaluation mode.
     """
     of_first, of_second = first.predict(x), second.predict(x)
     mine, _ = first.learn(x, taught(first.label(y), of_second))
@@ -156,6 +161,8 @@ def distillation_round(members: Sequence[FedMember], consensus: Consensus, *, ag
     """Members answer on public samples and learn from each other's answers; no weights cross.
 
     (FedMD, Li & Wang 2019, arXiv:1910.03581.) FedAvg of logits in place of weights, so that any aggregator, wire and
-    member of it will do. Deviation: answers are weighted by samples; the paper's are not.
+    member of it will do. Deviations: answers are weighted by samples, the paper's are not; members start as they are,
+    where the paper's first learn the labels of the public samples; all public samples are asked in every round, not a
+    part; the consensus is digested by the softened divergence of ``Distilled``.
     """
     return fedavg_round(members, consensus, aggregate=aggregate)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from splitlearn.federation import mean
 from splitlearn.members import FedMember, Weights
-from splitlearn.rounds import check_names, collect_each
+from splitlearn.rounds import check_names, collect_each, finished
 
 __all__ = [
     "GossipRound", "Mix", "circulant", "complete", "consensus_distance", "gossip_round", "metropolis", "ring",
@@ -51,14 +51,16 @@ def gossip_round(
     (D-PSGD, Lian et al. 2017, arXiv:1705.09056.) ``mixing`` (n, n) says what each, by row, takes of whom: symmetric,
     rows of sum 1, such as ``metropolis`` makes of a graph. ``carry`` is the way of a message, of which each neighbour
     gets one. A peer that drops out keeps its state, and its neighbours do without it: they take its part of themselves.
-    Deviation: an epoch of steps between averages, where the paper has one step. Every neighbour sees this peer's
-    weights.
+    Deviations: an epoch of steps between averages, where the paper has one step; and peers average what they have
+    trained to, where the paper's average what they had before it and then take that step. Every neighbour sees this
+    peer's weights. A round that all drop out of is an error, as those of a federation are.
     """
     check_names(members)
     mixing = _checked(mixing, len(members))
     if len(states) != len(members):
         raise ValueError(f"expected a state for each of {len(members)} peers, got {len(states)}")
     results, dropped = collect_each(members, states)
+    finished(results, dropped)  # or an error
     there = [member.name in results for member in members]
     trained = [results[m.name][0] if m.name in results else dict(s) for m, s in zip(members, states, strict=True)]
     after, messages = [], 0
@@ -97,19 +99,21 @@ def complete(peers: int) -> Tensor:
 
 
 def metropolis(adjacency: Tensor) -> Tensor:
-    """Return the mixing matrix (n, n), float64, of a graph: 1/(1 + the greater degree) an edge (Xiao & Boyd 2004).
+    """Return the mixing matrix (n, n), float64, of a graph: 1/(1 + the greater degree) an edge.
 
-    Symmetric and doubly stochastic, whatever the graph.
+    Symmetric and doubly stochastic, whatever the graph: Metropolis weights of Xiao, Boyd & Lall 2005 ("A scheme for
+    robust distributed sensor fusion based on average consensus").
     """
     if adjacency.dim() != 2 or not torch.equal(adjacency, adjacency.T) or bool(adjacency.diagonal().any()):
         raise ValueError("expected a symmetric adjacency without loops")
+    adjacency = adjacency.bool()
     degrees = adjacency.sum(1).double()
     mixing = adjacency.double() / (1 + torch.maximum(degrees[:, None], degrees[None]))
     return mixing + torch.diag(1 - mixing.sum(1))
 
 
 def spectral_gap(mixing: Tensor) -> float:
-    """Return 1 − |λ₂|: each round without training takes a peer's distance from the mean to |λ₂| of it or less."""
+    """Return 1 − |λ₂|: a round without training takes the peers' ``consensus_distance`` to |λ₂| of it or less."""
     values = torch.linalg.eigvalsh(_checked(mixing, len(mixing))).abs().sort(descending=True).values
     return 1.0 - float(values[1])
 

@@ -1,10 +1,11 @@
 """Models of one's own: heads that stay at home, and a global model tuned at home."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
 from splitlearn.cut import layer_names
+from splitlearn.paradigms.hooks import trained
 from splitlearn.party import Learner
 
 __all__ = ["entries_above", "fine_tuned"]
@@ -16,8 +17,8 @@ def entries_above(model: nn.Sequential, layer: str) -> frozenset[str]:
     (FedPer, Arivazhagan et al. 2019, arXiv:1912.00818.) ``layer`` is the last shared one, as ``cut`` names layers.
     """
     names = layer_names(model)
-    if layer not in names[:-1]:
-        raise ValueError(f"expected a layer among {', '.join(names[:-1])}; got {layer!r}")
+    if layer not in names:
+        raise ValueError(f"expected a layer among {', '.join(names)}; got {layer!r}")
     shared = tuple(f"{name}." for name in names[: names.index(layer) + 1])
     return frozenset(entry for entry in model.state_dict() if not entry.startswith(shared))
 
@@ -32,6 +33,9 @@ def fine_tuned(
     """
     if epochs < 1:
         raise ValueError(f"expected to tune for an epoch or more, got {epochs}")
+    if isinstance(batches, Iterator):
+        raise ValueError(f"{name}: expected batches that can be gone through every epoch, got an iterator; pass a list")
+    trained(learner)  # or an error: without an optimizer nothing would be tuned
     tuned = learner.replica(name)
     for _ in range(epochs):
         for x, y in batches:

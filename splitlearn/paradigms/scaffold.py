@@ -9,7 +9,7 @@ from splitlearn.federation import Aggregator, mean
 from splitlearn.members import FedMember, Member, Weights
 from splitlearn.paradigms.hooks import add_before_steps, trained
 from splitlearn.party import Learner, Party
-from splitlearn.rounds import Round, collect, finished
+from splitlearn.rounds import Round, check_names, collect, finished
 
 __all__ = ["ScaffoldMember", "no_control", "scaffold_round"]
 
@@ -23,7 +23,8 @@ class ScaffoldMember(Member):
 
     (SCAFFOLD, Karimireddy et al. 2020, arXiv:1910.06378, option II: c_i⁺ = c_i − c + (x − y)/(K·η).) Its optimizer must
     be SGD without momentum or weight decay, whose steps that formula undoes. Of a split model the controls are of the
-    member's own bottom.
+    member's own bottom; entries in ``local`` have none. A member that drops out in mid-round keeps its control. One
+    whose answer is lost on the way has moved it already: the server's then lacks that change.
     """
 
     def __init__(
@@ -35,9 +36,9 @@ class ScaffoldMember(Member):
         local: Collection[str] = (),
     ):
         super().__init__(learner, server, batches, local=local)
-        self._parameters = trained(learner)
+        self._parameters = trained(learner, but=local)
         groups = learner.optimizer.param_groups if learner.optimizer is not None else []
-        plain = all(not group.get("momentum") and not group.get("weight_decay") for group in groups)
+        plain = not any(group.get(what) for group in groups for what in ("momentum", "weight_decay", "maximize"))
         if not isinstance(learner.optimizer, torch.optim.SGD) or not plain or len(groups) != 1:
             raise ValueError(
                 f"{learner.name}: expected SGD without momentum or weight decay for SCAFFOLD, got {learner.optimizer!r}"
@@ -46,7 +47,7 @@ class ScaffoldMember(Member):
         self._names = [own[id(parameter)] for parameter in self._parameters]
         self._control = {name: torch.zeros_like(p) for name, p in zip(self._names, self._parameters, strict=True)}
         self._correction: list[Tensor] | None = None
-        add_before_steps(learner, lambda: self._correction)
+        add_before_steps(learner, lambda: self._correction, but=local)
 
     def round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
         """Train from the weights under the server's control; both come and go as entries, ``control/NAME``."""
@@ -69,7 +70,7 @@ class ScaffoldMember(Member):
                 moved = (start[name].to(parameter.device) - parameter.detach()) / rate
                 change[name] = moved - control[name]
                 self._control[name] = self._control[name] + change[name]
-        return {**found, **{f"{CONTROL}{name}": one for name, one in change.items() if name not in self.local}}, count
+        return {**found, **{f"{CONTROL}{name}": one for name, one in change.items()}}, count
 
     def state_dict(self) -> dict:
         """Return the learner's state and the control."""
@@ -98,9 +99,12 @@ def scaffold_round(
     """Run one round of SCAFFOLD; return it and the server's next control (Karimireddy et al. 2020, arXiv:1910.06378).
 
     ``control`` is by parameter name, zeros at first (``no_control``); ``total`` members share it, ``members`` are those
-    of this round; ``lr`` is the server's rate. Deviation: weights are averaged by samples, as FedAvg's are, which with
-    controls at zero it equals bit for bit; controls are averaged evenly, as in the paper.
+    of this round; ``lr`` is the server's rate, on parameters alone: buffers are averaged. ``aggregate`` makes the
+    weights alone: a robust one does not keep a bad member's change out of the control. Deviation: weights are averaged
+    by samples, as FedAvg's are, which with controls at zero it equals bit for bit; controls are averaged evenly, as in
+    the paper.
     """
+    check_names(members)
     total = len(members) if total is None else total
     if total < len(members):
         raise ValueError(f"expected a total of {len(members)} members or more, got {total}")
@@ -109,9 +113,7 @@ def scaffold_round(
     answers, counts, done = finished(*collect(members, sent, at_once=True))
     found = aggregate([_models(one) for one in answers], counts, start)
     if lr != 1.0:
-        found = {
-            name: start[name] + lr * (w - start[name]) if w.is_floating_point() else w for name, w in found.items()
-        }
+        found = {name: start[name] + lr * (w - start[name]) if name in control else w for name, w in found.items()}
     model.load_weights({**start, **found})
     share = len(answers) / total
     changes = mean([_changes(one) for one in answers], [1] * len(answers))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from splitlearn.federation import Aggregator, mean
 from splitlearn.members import FedMember
-from splitlearn.party import Party
+from splitlearn.party import Learner, Party
 from splitlearn.rounds import Round, check_names, collect_each, finished
 
 __all__ = ["unlike_cuts_round"]
@@ -21,6 +21,9 @@ def unlike_cuts_round(
     that main and fed server are one party here: it holds whole models beside activations.
     """
     check_names(members, sessions)
+    stages = [id(one.stage) for one in sessions.values() if isinstance(one, Learner)]
+    if len(set(stages)) < len(stages):
+        raise ValueError("expected a top for each member, got sessions of one stage; cut a copy of the model for each")
     start = model.weights()
     bottoms = []
     for member in members:

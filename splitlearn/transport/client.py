@@ -9,13 +9,14 @@ from typing import Any
 
 from splitlearn.frames import MAX_NBYTES
 from splitlearn.transport.certs import Credentials
-from splitlearn.transport.link import ANSWER, ASK, ATTACHED, HEARTBEAT, SERVICE, grpc_module, options
+from splitlearn.transport.link import ANSWER, ASK, ATTACHED, HEARTBEAT, SERVICE, grpc_module, options, place
 from splitlearn.wire import Carrier
 
 __all__ = ["Connection"]
 
 PAUSE = 0.1  # seconds between two tries to connect
 FAREWELL = 5.0  # seconds
+DISTRUST = ("TSI_PROTOCOL_FAILURE", "Hostname Verification Check failed")  # no TLS, or a certificate not believed
 SILENCE = 30.0  # seconds between two words on a server that is away
 
 
@@ -45,7 +46,8 @@ class Connection:
         grpc = grpc_module()
         if deadline <= 0 or patience < 0:
             raise ValueError(f"expected a deadline above 0 s and a patience of 0 s or more, got {deadline}, {patience}")
-        self.address, self.deadline, self.patience = address, deadline, patience
+        self.address, self.deadline, self.patience = place(address), deadline, patience
+        self._credentials = credentials
         settings = options(max_nbytes, heartbeat)
         if server_name is not None:
             settings.append(("grpc.ssl_target_name_override", server_name))
@@ -116,6 +118,7 @@ class Connection:
         """Wait a moment before another try, or raise what the user should know."""
         if error.final is not None:
             raise error.final
+        self._credentials.check_dates()  # the server does not say that it finds ours too old
         if self._closed or time.monotonic() > end:
             raise ConnectionError(
                 f"expected a server at {self.address}, got none within {self.patience:g} s ({error}); is it running, "
@@ -202,9 +205,16 @@ def _final(error: Any) -> Exception | None:
     """Return what to raise for an error that another try would only repeat."""
     codes = grpc_module().StatusCode
     if error.code() in (codes.PERMISSION_DENIED, codes.UNAUTHENTICATED):
-        return PermissionError(f"expected to be let in, got {_in_words(error)}; ask for a certificate of another name")
-    if error.code() == codes.RESOURCE_EXHAUSTED:
+        return PermissionError(
+            f"expected to be let in, got {_in_words(error)}; ask the operator for another certificate"
+        )
+    if error.code() == codes.RESOURCE_EXHAUSTED and "message larger than max" in (error.details() or ""):
         return ValueError(f"expected a frame that the other end takes, got {_in_words(error)}; raise max_nbytes=…")
     if error.code() == codes.UNIMPLEMENTED:
         return ValueError(f"expected a server of this toolkit, got {_in_words(error)}")
+    if any(mark in (error.details() or "") for mark in DISTRUST):
+        return ConnectionError(
+            f"expected a server with a certificate that is valid, of our authority and for that name, got "
+            f"{_in_words(error)}; ask the operator for the authority's certificate and the server's name"
+        )
     return None

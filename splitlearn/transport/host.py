@@ -4,16 +4,21 @@ Who a client is says its certificate, and nothing that it sends: its frames reac
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from splitlearn.frames import MAX_NBYTES
 from splitlearn.transport.certs import Credentials
-from splitlearn.transport.link import ANSWER, ASK, ATTACHED, HEARTBEAT, SERVICE, grpc_module, options
+from splitlearn.transport.link import ANSWER, ASK, ATTACHED, HANDSHAKE, HEARTBEAT, SERVICE, grpc_module, options, place
 from splitlearn.wire import Carrier
 
 __all__ = ["Host", "Line"]
+
+WORKERS = 2  # of a client at once on Ask, and as many on Answer: one more while it comes back
+PENDING = 256  # streams that wait for a worker; whoever opens one more is told to try again
 
 
 class Line:
@@ -110,10 +115,13 @@ class Host:
     """A gRPC server with mutual TLS. ``carriers`` answer, by client; ``line(client)`` asks one.
 
     ``host = Host("0.0.0.0:50051", credentials, {name: serve(Service({name: session}))})``, then ``start()``, which
-    returns the port. Clients without a certificate of the authority do not get in, and those that have one reach the
-    carrier of their own name alone: frames go to nobody else, whatever session they claim. A client that connects
-    again takes the place of its old connection. Frames of more than ``max_nbytes`` of tensors are refused before memory
-    is taken. ``deadline`` is how long a client may take to answer, in seconds. ``stop()`` ends within ``grace``.
+    returns the port. Clients without a certificate of the authority do not get in, nor those whose certificate
+    ``credentials`` refuse, and the others reach the carrier of their own name alone: frames go to nobody else, whatever
+    session they claim. A client that connects again takes the place of its old connection, so that it has one stream to
+    ask and one to answer by, and no more than ``WORKERS`` threads each while an old one ends. Whoever connects and does
+    not get through TLS within ``handshake`` seconds is dropped, and takes no thread until then. Frames of more than
+    ``max_nbytes`` of tensors are refused before memory is taken. ``deadline`` is how long a client may take to answer,
+    in seconds. ``stop()`` ends within ``grace``.
 
     It protects what crosses from others on the way, and sessions from each other. It does not protect a client from
     what this server does with what it is sent.
@@ -128,27 +136,33 @@ class Host:
         deadline: float = 60.0,
         max_nbytes: int = MAX_NBYTES,
         heartbeat: float = HEARTBEAT,
+        handshake: float = HANDSHAKE,
     ):
-        if not carriers or deadline <= 0 or max_nbytes < 1 or heartbeat <= 0:
+        if not carriers or min(deadline, max_nbytes, heartbeat, handshake) <= 0:
             raise ValueError(
-                f"expected a client, and a deadline, a frame size and a heartbeat above 0, got {len(carriers)}, "
-                f"{deadline}, {max_nbytes} and {heartbeat}"
+                f"expected a client, and a deadline, a frame size, a heartbeat and a handshake above 0, got "
+                f"{len(carriers)}, {deadline}, {max_nbytes}, {heartbeat} and {handshake}"
             )
         grpc = grpc_module()
-        self.address, self._carriers = address, dict(carriers)
+        self._credentials = credentials
+        self.address, self._carriers = place(address, least=0), dict(carriers)
         self._lines = {client: Line(client, deadline=deadline) for client in carriers}
-        self._busy = {client: threading.Lock() for client in carriers}
+        self._turns = {client: _Turns() for client in carriers}
         self._connections: dict[tuple[str, str], Any] = {}
+        self._workers: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
-        self.refused = 0  # connections of clients that no carrier is for
+        self.refused = 0  # streams of clients that no carrier is for, or whose certificate is refused
         handlers = {
             ASK: grpc.stream_stream_rpc_method_handler(self._asked),
             ANSWER: grpc.stream_stream_rpc_method_handler(self._answering),
         }
-        # A thread a stream, two streams a client, and as many again while a client that was cut off comes back.
+        # A thread a stream, two streams a client, as many again while one that was cut off comes back, and some more
+        # to refuse those that are too many.
+        threads = 2 * WORKERS * len(carriers) + 4
         self._server = grpc.server(
-            ThreadPoolExecutor(4 * len(carriers) + 4, thread_name_prefix="host"),
-            options=options(max_nbytes, heartbeat),
+            ThreadPoolExecutor(threads, thread_name_prefix="host"),
+            options=options(max_nbytes, heartbeat, handshake=handshake),
+            maximum_concurrent_rpcs=threads + PENDING,
         )
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         secure = grpc.ssl_server_credentials(
@@ -157,7 +171,9 @@ class Host:
         try:
             self.port = self._server.add_secure_port(address, secure)
         except RuntimeError as error:
-            raise ValueError(f"expected an address to listen on, got {address} ({error}); is it taken?") from error
+            raise ValueError(
+                f"expected an address to listen on, got {address}; is its port taken, or its host another machine's?"
+            ) from error
 
     def start(self) -> int:
         """Listen; return the port."""
@@ -176,41 +192,85 @@ class Host:
 
     def _asked(self, frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
         client = self._client(context)
-        self._replace(client, ASK, context)
-        busy = self._busy[client]  # an old connection's request ends before a new one's begins
-        while (frame := _next(frames)) is not None:
-            while not busy.acquire(timeout=0.5):
-                if not context.is_active():  # another connection took its place
-                    return
-            try:
-                reply = self._carriers[client](frame)
-            finally:
-                busy.release()
-            yield reply
+        turns = self._turns[client]
+        with self._worker(client, ASK, context):
+            context.add_callback(turns.wake)
+            while (frame := _next(frames)) is not None and turns.take(context.is_active):
+                try:
+                    reply = self._carriers[client](frame)
+                finally:
+                    turns.give()
+                yield reply
 
     def _answering(self, replies: Iterator[bytes], context: Any) -> Iterator[bytes]:
         client = self._client(context)
-        self._replace(client, ANSWER, context)
         line = self._lines[client]
-        context.add_callback(line.wake)
-        return line.serve(replies, context.is_active)
+        with self._worker(client, ANSWER, context):
+            context.add_callback(line.wake)
+            yield from line.serve(replies, context.is_active)
 
-    def _replace(self, client: str, stream: str, context: Any) -> None:
+    @contextmanager
+    def _worker(self, client: str, stream: str, context: Any) -> Iterator[None]:
+        """Take the place of the client's older stream; end the call where too many of them have not ended yet."""
+        mine = client, stream
         with self._lock:
-            before = self._connections.get((client, stream))
-            self._connections[client, stream] = context
-        if before is not None:
-            before.cancel()
+            before, self._connections[mine] = self._connections.get(mine), context
+            self._workers[mine] += 1
+            many = self._workers[mine] > WORKERS
+        try:
+            if before is not None:
+                before.cancel()
+            if many:
+                unavailable = grpc_module().StatusCode.UNAVAILABLE
+                context.abort(unavailable, "older streams of this client have not ended; try again")
+            yield
+        finally:
+            with self._lock:
+                self._workers[mine] -= 1
 
     def _client(self, context: Any) -> str:
-        """Return the name in the client's certificate, or end the call: no carrier is for it."""
-        grpc = grpc_module()
-        names = [name.decode(errors="replace") for name in context.auth_context().get("x509_common_name", ())]
+        """Return the name in the client's certificate, or end the call: no carrier is for it, or it is refused."""
+        shown = context.auth_context()
+        names = [name.decode(errors="replace") for name in shown.get("x509_common_name", ())]
         if len(names) != 1 or names[0] not in self._carriers:
-            with self._lock:
-                self.refused += 1
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, "no session is for the name in this certificate")
+            self._refuse(context, "no session is for the name in this certificate")
+        if any(map(self._credentials.refuses, shown.get("x509_pem_cert", ()))):
+            self._refuse(context, "this certificate is not good any longer")
         return names[0]
+
+    def _refuse(self, context: Any, why: str) -> NoReturn:
+        with self._lock:
+            self.refused += 1
+        context.abort(grpc_module().StatusCode.PERMISSION_DENIED, why)
+        raise AssertionError("unreachable: abort raises")
+
+
+class _Turns:
+    """One request of a client at a time: an old connection's ends before a new one's begins."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken = False
+
+    def take(self, wanted: Callable[[], bool]) -> bool:
+        """Wait for the turn; return False where it is not wanted any longer, as ``wake`` makes it look."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or not wanted())
+            if self._taken or not wanted():
+                return False
+            self._taken = True
+            return True
+
+    def give(self) -> None:
+        """End the turn."""
+        with self._changed:
+            self._taken = False
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Look again who still wants the turn."""
+        with self._changed:
+            self._changed.notify_all()
 
 
 def _next(frames: Iterator[bytes]) -> bytes | None:

@@ -29,8 +29,8 @@ class LastingMember(Member):
     it starts from, and each request says of which it is (``Gate``). Given the same weights again, the member goes on
     after the last batch that the file knows of, or returns what it had. What it asked of the server after that is asked
     again, to the bit, and so answered as before; the server's ``Service`` must remember as many exchanges as a batch
-    takes. ``run`` names the training: a file of another one is refused. ``finished`` is set by the verb ``finish``,
-    with which a fed server ends a training.
+    takes. ``run`` names the training: a file of another one is refused. ``salt`` is that of rounds' tags. ``finished``
+    is set by the verb ``finish``, with which a fed server ends a training.
     """
 
     def __init__(
@@ -41,12 +41,13 @@ class LastingMember(Member):
         path: Path,
         *,
         run: str = "",
+        salt: str = "",
         local: Collection[str] = (),
         told: Callable[[str], None] = lambda line: None,
     ):
         super().__init__(learner, server, batches, local=local)
         self.path, self.finished, self.rounds = path, False, 0
-        self._remote, self._own_batches, self._told, self._run = server, batches, told, run
+        self._remote, self._own_batches, self._told, self._run, self._salt = server, batches, told, run, salt
         self._start, self._at, self._count, self._total = "", 0, 0, 0.0
         self._epoch = batches.epoch
         if path.is_file():
@@ -72,7 +73,7 @@ class LastingMember(Member):
             raise
 
     def _round(self, weights: Mapping[str, Tensor]) -> tuple[Weights, int]:
-        start = round_tag(weights)
+        start = round_tag(weights, self._salt)
         if self._remote is not None:
             self._remote.enter(f"{self.name}{ROUND}{start}")
         if start != self._start:
