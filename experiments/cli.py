@@ -35,7 +35,9 @@ class _Splitlearn(Program):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the commands."""
-        return ["list", "run", "report", "bench", "noise", "data", "certs", "server", "client", "doctor"]
+        return [
+            "list", "run", "report", "bench", "noise", "data", "certs", "server", "fed-server", "client", "doctor",
+        ]  # fmt: skip
 
 
 class _Experiments(Commands):
@@ -227,6 +229,7 @@ def _data(
 
 app.command("certs")(remote_commands.certs)
 app.command("server")(remote_commands.server)
+app.command("fed-server")(remote_commands.fed_server)
 app.command("client")(remote_commands.client)
 
 
@@ -317,10 +320,13 @@ def _catalogue() -> dict[str, tuple[str, dict[str, str]]]:
         LABEL_ATTACKS,
         LABEL_PROTECTIONS,
         MECHANISMS,
+        METHODS,
+        PARADIGMS,
         POISON_ATTACKS,
         POISON_DEFENSES,
         PROTECTIONS,
         PROTOCOLS,
+        TASK_METHODS,
         UPDATE_ATTACKS,
     )
     from splitlearn.data import DATASETS
@@ -328,11 +334,17 @@ def _catalogue() -> dict[str, tuple[str, dict[str, str]]]:
     kinds: dict[str, tuple[str, Mapping[str, Any]]] = {
         "experiments": ("Experiments (splitlearn run NAME)", EXPERIMENTS),
         "protocols": ("Protocols", PROTOCOLS),
+        "paradigms": ("Paradigms (splitlearn run paradigms --paradigms NAME)", PARADIGMS),
         "attacks": ("Attacks", {**ATTACKS, **UPDATE_ATTACKS, **LABEL_ATTACKS, **BUILT_ATTACKS}),
         "protections": ("Protections (defenses)", PROTECTIONS),
         "label_protections": ("Protections of labels (splitlearn run label_leakage)", LABEL_PROTECTIONS),
         "poisoning": ("Poisoning (splitlearn run poisoning --attacks NAME)", POISON_ATTACKS),
         "poison_defenses": ("Defenses against poisoning (splitlearn run poisoning --defenses NAME)", POISON_DEFENSES),
+        "methods": (
+            "Methods for unlike members (splitlearn run non_iid --methods NAME), and for one task after the other "
+            "(splitlearn run continual --methods NAME)",
+            {**METHODS, **TASK_METHODS},
+        ),
         "detectors": ("Detectors (splitlearn run detection --detectors NAME)", DETECTORS),
         "mechanisms": ("Mechanisms with an ε (splitlearn run privacy_utility --mechanisms NAME)", MECHANISMS),
         "data": ("Data sets (splitlearn data NAME)", DATASETS),
@@ -361,6 +373,9 @@ def _show_files(folder: Path) -> None:
         "poisoning.png",
         "backdoor.png",
         "protection_grid.png",
+        "paradigms.png",
+        "non_iid.png",
+        "continual.png",
         "tradeoff.png",
         "reconstructions.png",
         "results.csv",

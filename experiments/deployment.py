@@ -2,9 +2,12 @@
 
 import copy
 import json
-from dataclasses import asdict, dataclass, field, fields
+import secrets
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from experiments.training import Training, build_model, default_cut, load_splits, optimizer_for, sizes_of
 from splitlearn.cut import cut
@@ -13,11 +16,13 @@ from splitlearn.party import Learner
 from splitlearn.train import Batches
 
 __all__ = [
+    "FED_SERVER",
     "SERVED",
     "Deployment",
     "announced",
     "client_learner",
     "own_batches",
+    "own_stages",
     "parts_of",
     "server_learners",
     "share_of",
@@ -25,6 +30,7 @@ __all__ = [
 
 SERVED = ("splitfed_v1", "splitfed_v2", "in_turn", "fedavg")
 HELLO = "hello"
+FED_SERVER = "fed-server"  # the name in the certificate of a fed server that is apart
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Deployment:
     optimizer: str = field(default="sgd", metadata={"help": "sgd or adam"})
     lr: float = field(default=0.05, metadata={"help": "learning rate"})
     seed: int = field(default=0, metadata={"help": "of the model, the batches and the shares"})
+    apart: bool = field(default=False, metadata={"help": "main and fed server are two operators'"})
 
     def __post_init__(self) -> None:
         if self.protocol not in SERVED:
@@ -55,6 +62,13 @@ class Deployment:
             raise ValueError(f"expected clients, each of a name of its own, got {', '.join(self.clients) or 'none'}")
         if self.rounds < 1:
             raise ValueError(f"expected --rounds of 1 or more, got {self.rounds}")
+        if self.apart and self.protocol == "fedavg":
+            raise ValueError(
+                "expected a protocol with a main server for --apart, got fedavg, which has a fed server alone; leave "
+                "--apart"
+            )
+        if self.apart and FED_SERVER in self.clients:
+            raise ValueError(f"expected clients' names other than {FED_SERVER}, which is the fed server's")
 
     @property
     def training(self) -> Training:
@@ -101,9 +115,31 @@ def stages(deployment: Deployment, splits: Splits) -> tuple[Any, Any]:
     return below, above
 
 
-def server_learners(deployment: Deployment, splits: Splits) -> tuple[Learner, Learner | None, dict[str, Learner]]:
-    """Return the global bottom, the global top (None in FedAvg) and what trains against each client."""
-    below, above = stages(deployment, splits)
+def own_stages(deployment: Deployment, splits: Splits, seed: int | None = None) -> tuple[Any, Any]:
+    """Return bottom and top to start with, by a seed of one's own, or such that nobody can guess them.
+
+    Each weight is then one of two that are drawn, by a secret coin: torch's generator starts in one of 2^32 ways, which
+    are few enough to try them all.
+    """
+    if seed is not None:
+        return stages(replace(deployment, seed=seed), splits)
+    one, other = (stages(replace(deployment, seed=secrets.randbits(32)), splits) for _ in range(2))
+    for stage, second in zip(one, other, strict=True):
+        drawn = second.state_dict()
+        for name, tensor in stage.state_dict().items():
+            coins = torch.frombuffer(bytearray(secrets.token_bytes(max(tensor.numel(), 1))), dtype=torch.uint8) % 2
+            tensor.copy_(torch.where(coins[: tensor.numel()].view(tensor.shape).bool(), tensor, drawn[name]))
+    return one
+
+
+def server_learners(
+    deployment: Deployment, splits: Splits, start: tuple[Any, Any] | None = None
+) -> tuple[Learner, Learner | None, dict[str, Learner]]:
+    """Return the global bottom, the global top (None in FedAvg) and what trains against each client.
+
+    They start as ``start``, or as everybody does by the deployment's seed.
+    """
+    below, above = stages(deployment, splits) if start is None else start
     bottom = Learner("bottom", copy.deepcopy(below))
     if above is None:
         return bottom, None, {}

@@ -1,7 +1,5 @@
 """The server of a deployment: it offers a training to clients on other machines, and goes on where it was killed."""
 
-import json
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -11,12 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from experiments.deployment import HELLO, Deployment, parts_of, server_learners
+from experiments.deployment import Deployment, parts_of, server_learners
+from experiments.greeting import Greeted, Offer, greeting_of
+from experiments.sessions import Sessions
 from experiments.setups import counted
-from splitlearn.checkpoint import load_checkpoint, save_checkpoint
 from splitlearn.data import Splits
 from splitlearn.federation import (
     NobodyFinishedError,
@@ -26,19 +22,15 @@ from splitlearn.federation import (
     splitfed_v1_round,
     splitfed_v2_round,
 )
-from splitlearn.frames import Kind, Message
 from splitlearn.members import RemoteMember
-from splitlearn.party import Learner
-from splitlearn.service import Answer, Service
 from splitlearn.train import predict
-from splitlearn.transport import Credentials, Gate, GatedMember, Host, Journal, Journaled, held
-from splitlearn.wire import Framed, Metered, Transport, serve
+from splitlearn.transport import Credentials, GatedMember, Host, held
+from splitlearn.wire import Framed, Metered, serve
 
-__all__ = ["Served", "Server"]
+__all__ = ["FAREWELL", "PAUSE", "WAIT", "Served", "Server", "summed_nbytes"]
 
 PAUSE, FAREWELL = 1.0, 5.0  # seconds: before a round is tried again, and for a client to take its leave
 WAIT = 30.0  # seconds between two words on who is waited for
-MEMORY = 4  # exchanges of a client that are answered again; it keeps a checkpoint after every one
 
 
 @dataclass
@@ -63,7 +55,7 @@ class Server:
 
     Both servers in one hands hold bottom and top, that is the whole model, and what clients send: split learning's
     privacy is against a main server that does not have the bottoms. For trials, or where the operator is trusted so
-    far; else run the fed server elsewhere.
+    far; else they are a ``MainServer`` and a ``FedServer`` in two hands.
     """
 
     def __init__(
@@ -77,6 +69,8 @@ class Server:
         deadline: float = 600.0,
         told: Callable[[str], None] = lambda line: None,
     ):
+        if deployment.apart:
+            raise ValueError("expected a deployment of both servers in one, got one whose servers are apart")
         self.deployment, self.folder, self._told = deployment, folder, told
         with ExitStack() as stack:
             stack.enter_context(held(folder / "state"))
@@ -87,44 +81,26 @@ class Server:
         deployment, told = self.deployment, self._told
         self.splits: Splits = parts_of(deployment, data_dir)
         self.bottom, self.top, self.learners = server_learners(deployment, self.splits)
-        self.served, self.name = Served(), secrets.token_hex(8)
+        self.served = Served()
         self._before: dict[str, dict[str, int]] = {}
-        self._generation = 0
-        shared = deployment.protocol != "splitfed_v1"
-        groups = [self.learners] if shared else [{name: learner} for name, learner in self.learners.items()]
-        self._services = [Service(group, memory=MEMORY) for group in groups if group]
-        state = self._state()
-        self._journals: list[Journal] = []
-        self._journaled = [Journaled(service, self._journal(place)) for place, service in enumerate(self._services)]
-        of = {name: one for one, group in zip(self._journaled, groups, strict=False) for name in group}
-        self._gates = {name: Gate(name, of.get(name, _Nobody())) for name in deployment.clients}
-        hello = {
-            name: Service({f"{name}/{HELLO}": _Greeting(name, deployment, self.name)}) for name in deployment.clients
-        }
-        most = self._most_nbytes()
+        self._sessions = Sessions(deployment, self.top, self.learners, self.folder / "state" / "server.safetensors")
+        gates, most = self._sessions.gates, self._most_nbytes()
+        text = greeting_of(Offer(deployment, self._sessions.run))
         self._meters = {
-            name: Metered(serve(_Either(hello[name], self._gates[name]), max_nbytes=most))
-            for name in deployment.clients
+            name: Metered(serve(Greeted(name, text, gates[name]), max_nbytes=most)) for name in deployment.clients
         }
         self.host = Host(address, credentials, self._meters, deadline=deadline, max_nbytes=most)
         self._asked = {name: Metered(self.host.line(name), requests="down") for name in deployment.clients}
         remote = {name: RemoteMember(name, Framed(line, max_nbytes=most), name) for name, line in self._asked.items()}
         self._remote = remote
-        up_to_date: set[int] = set()
 
         def before(name: str) -> None:
-            one = of.get(name)
-            if one is not None and id(one) not in up_to_date:
-                up_to_date.add(id(one))
-                count = one.replay()
-                if count:
-                    told(f"{name}: {count} requests of before are made again")
+            if count := self._sessions.replay(name):
+                told(f"{name}: {count} requests of before are made again")
 
-        self.members = [
-            GatedMember(remote[name], self._gates[name], partial(before, name), told) for name in deployment.clients
-        ]
-        if state is not None:
-            self._take(state)
+        self.members = [GatedMember(remote[name], gates[name], partial(before, name), told) for name in remote]
+        if self._sessions.state is not None:
+            self._take(self._sessions.state)
 
     def run(self) -> Served:
         """Train, from wherever the folder's state stands; ``close`` must follow."""
@@ -135,7 +111,7 @@ class Server:
         self._told(f"listening on port {port}; waiting for {', '.join(self.deployment.clients)}")
         x, y = self.splits.test.x, self.splits.test.y
         begun = time.monotonic() - self.served.seconds
-        if not self._path.is_file():
+        if not self._sessions.path.is_file():
             self._gather()
             self._keep()
         while self.served.rounds < self.deployment.rounds:
@@ -161,20 +137,16 @@ class Server:
 
     def close(self) -> None:
         """Tell the clients that are there that all is done, if it is, and stop."""
-        over = self.served.rounds >= self.deployment.rounds
         for name, member in self._remote.items():
             line = self.host.line(name)
-            if over and line.connected:
+            if self._sessions.over and line.connected:
                 line.deadline = FAREWELL
                 with suppress(ConnectionError, TimeoutError, ValueError):
                     member.ask("finish", {})
-        for gate in self._gates.values():
+        for gate in self._sessions.gates.values():
             gate.stop()
         self.host.stop()
-        for journal in self._journals:
-            journal.close()
-            if over:
-                journal.path.unlink(missing_ok=True)
+        self._sessions.close()
         self._held.close()
 
     def _most_nbytes(self) -> int:
@@ -200,103 +172,30 @@ class Server:
 
     def _all_nbytes(self) -> dict[str, dict[str, int]]:
         """Return the bytes of all frames, those of before a restart too, as far as the last checkpoint knew."""
-        now = counted([*self._meters.values(), *self._asked.values()])
-        return {way: dict(Counter(kinds) + Counter(self._before.get(way, {}))) for way, kinds in now.items()}
-
-    @property
-    def _parts(self) -> list[Learner]:
-        """The top, and the copies of it that clients train: sessions that share it have no state of their own."""
-        copies = self.learners.values() if self.deployment.protocol == "splitfed_v1" else ()
-        return [part for part in (self.top, *copies) if part is not None]
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / "state" / "server.safetensors"
-
-    def _journal(self, place: int) -> Journal:
-        journal = Journal(self._path.parent / f"journal-{self._generation}-{place}")
-        self._journals.append(journal)
-        return journal
-
-    def _state(self) -> dict[str, Any] | None:
-        """Return the state in the folder, if there is one, of this deployment."""
-        if not self._path.is_file():
-            return None
-        state: dict[str, Any] = load_checkpoint(self._path)
-        if state["deployment"] != self.deployment.told():
-            raise ValueError(
-                f"expected a folder of this training, got {self.folder}, which holds another one; give another --out"
-            )
-        self._generation, self.name = state["generation"], state["run"]
-        for path in self._path.parent.iterdir():
-            if path.name not in (self._path.name, "lock") and not path.name.startswith(f"journal-{self._generation}-"):
-                path.unlink()  # a kill came before it was
-        return state
+        return summed_nbytes(counted([*self._meters.values(), *self._asked.values()]), self._before)
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self.bottom.load_state_dict(state["bottom"])
-        for part, own in zip(self._parts, state["parts"], strict=True):
-            part.load_state_dict(own)
-        for service, own in zip(self._services, state["services"], strict=True):
-            service.load_state_dict(own)
         for name, member in self._remote.items():
             member.steps = state["members"][name]
         self.served = Served(**state["served"])
         self._before = self.served.nbytes
-        self._told(f"goes on from {self._path}: {self.served.rounds} of {self.deployment.rounds} rounds are done")
+        self._told(f"goes on: {self.served.rounds} of {self.deployment.rounds} rounds are done")
 
     def _keep(self) -> None:
-        """Write a checkpoint, and begin new journals: what the old ones hold is in it."""
-        self._generation += 1
+        """Write a checkpoint, when all that was asked in the round is answered, also of clients that were left out."""
+        while busy := self._sessions.busy():
+            self._told(f"the last request of {', '.join(busy)} is still being answered; waiting for it")
+            time.sleep(PAUSE)
         self.served.nbytes = self._all_nbytes()
-        if self.served.rounds >= self.deployment.rounds:
-            for service in self._services:
-                service.load_state_dict({})  # nobody asks again: no sample's activation stays on the disk
-        state = {
-            "deployment": self.deployment.told(), "run": self.name, "generation": self._generation,
+        more = {
             "bottom": self.bottom.state_dict(),
-            "parts": [part.state_dict() for part in self._parts],
-            "services": [service.state_dict() for service in self._services],
             "members": {name: member.steps for name, member in self._remote.items()},
             "served": vars(self.served),
-        }  # fmt: skip
-        save_checkpoint(self._path, state)
-        old, self._journals = self._journals, []
-        for place, journaled in enumerate(self._journaled):
-            journaled.renew(self._journal(place))
-        for journal in old:
-            journal.close()
-            journal.path.unlink(missing_ok=True)
+        }
+        self._sessions.keep(more, over=self.served.rounds >= self.deployment.rounds)
 
 
-class _Greeting:
-    """Says what training is offered, and to whom it speaks."""
-
-    def __init__(self, name: str, deployment: Deployment, run: str):
-        self.name = name
-        self._text = json.dumps({"run": run, "training": json.loads(deployment.told())})
-
-    @property
-    def answers(self) -> Mapping[str, Answer]:
-        """The verb ``hello``."""
-        return {HELLO: self._hello}
-
-    def _hello(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {Kind.PARAMETERS: torch.frombuffer(bytearray(self._text.encode()), dtype=torch.uint8)}
-
-
-class _Either:
-    """A transport that has greetings answered at any time, all else through the gate."""
-
-    def __init__(self, hello: Transport, gate: Transport):
-        self._hello, self._gate = hello, gate
-
-    def request(self, message: Message) -> Message:
-        return (self._hello if message.session.endswith(f"/{HELLO}") else self._gate).request(message)
-
-
-class _Nobody:
-    """What answers where clients train whole models: nothing."""
-
-    def request(self, message: Message) -> Message:
-        raise ValueError(f"expected no request of {message.session!r} in this protocol: its clients train whole models")
+def summed_nbytes(now: Mapping[str, Mapping[str, int]], before: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """Return the bytes by direction and kind, those of before a restart too."""
+    return {way: dict(Counter(kinds) + Counter(before.get(way, {}))) for way, kinds in now.items()}

@@ -90,6 +90,7 @@ def tiny(monkeypatch, tmp_path):
         setattr(catalogue, kind, {"some": SimpleNamespace(summary=f"one of the {kind.lower()}")})
     catalogue.BUILT_ATTACKS = catalogue.UPDATE_ATTACKS = catalogue.LABEL_ATTACKS = catalogue.LABEL_PROTECTIONS = {}
     catalogue.POISON_ATTACKS = catalogue.POISON_DEFENSES = {}
+    catalogue.METHODS = catalogue.TASK_METHODS = {}
     catalogue.BENCHES = {"speed": SimpleNamespace(summary="how fast", run=measure)}
     monkeypatch.setitem(sys.modules, "experiments.catalogue", catalogue)
     monkeypatch.delenv("SPLITLEARN_DATA", raising=False)
@@ -123,10 +124,12 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
         LABEL_ATTACKS,
         LABEL_PROTECTIONS,
         MECHANISMS,
+        METHODS,
         POISON_ATTACKS,
         POISON_DEFENSES,
         PROTECTIONS,
         PROTOCOLS,
+        TASK_METHODS,
         UPDATE_ATTACKS,
     )
     from splitlearn.data import DATASETS
@@ -145,6 +148,8 @@ def test_everything_in_the_real_catalogue_is_listed_and_has_help():
         PROTECTIONS,
         DETECTORS,
         MECHANISMS,
+        METHODS,
+        TASK_METHODS,
         DATASETS,
         BENCHES,
     ):
