@@ -1,5 +1,6 @@
 """All that the command line can be asked for, by name."""
 
+from experiments.arrhythmia import ARRHYTHMIA
 from experiments.attribute import ATTRIBUTE
 from experiments.bench_aggregators import aggregator_speed
 from experiments.bench_dp import audit_power, dp_overhead
@@ -9,6 +10,9 @@ from experiments.bench_import import import_time
 from experiments.bench_mpc import mpc_overhead_figures
 from experiments.bench_split import split_overhead
 from experiments.bench_transport import many_clients, transport_overhead
+from experiments.continual import CONTINUAL, TASK_METHODS
+from experiments.courses import PARADIGMS
+from experiments.credit_scoring import CREDIT_SCORING
 from experiments.detection import DETECTION
 from experiments.experiment import Experiment
 from experiments.he_overhead import HE_OVERHEAD
@@ -18,6 +22,8 @@ from experiments.label_leakage import LABEL_LEAKAGE
 from experiments.mechanisms import MECHANISMS
 from experiments.membership import MEMBERSHIP
 from experiments.mpc_overhead import MPC_OVERHEAD
+from experiments.non_iid import NON_IID
+from experiments.paradigms import COMPARISON
 from experiments.parity import PARITY
 from experiments.parts import Bench
 from experiments.poison_ingredients import POISON_ATTACKS, POISON_DEFENSES
@@ -25,12 +31,15 @@ from experiments.poisoning import BACKDOOR, POISONING, PRIVACY_MEETS_POISONING, 
 from experiments.privacy_utility import PRIVACY_UTILITY
 from experiments.protection_grid import PROTECTION_GRID
 from experiments.reconstruction import DEFENSE_TOURNAMENT, RECONSTRUCTION_ATTACKS
+from experiments.text_classification import TEXT_CLASSIFICATION
 from experiments.tradeoff import TRADEOFF
+from experiments.unlike import METHODS
 from experiments.updates import UPDATE_ATTACKS
 
 __all__ = [
     "ATTACKS", "BENCHES", "BUILT_ATTACKS", "DETECTORS", "EXPERIMENTS", "LABEL_ATTACKS", "LABEL_PROTECTIONS",
-    "MECHANISMS", "POISON_ATTACKS", "POISON_DEFENSES", "PROTECTIONS", "PROTOCOLS", "UPDATE_ATTACKS",
+    "MECHANISMS", "METHODS", "PARADIGMS", "POISON_ATTACKS", "POISON_DEFENSES", "PROTECTIONS", "PROTOCOLS",
+    "TASK_METHODS", "UPDATE_ATTACKS",
 ]  # fmt: skip
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -48,10 +57,16 @@ EXPERIMENTS: dict[str, Experiment] = {
         BACKDOOR,
         SURFACE,
         PRIVACY_MEETS_POISONING,
+        COMPARISON,
         PRIVACY_UTILITY,
         HE_OVERHEAD,
         MPC_OVERHEAD,
+        NON_IID,
+        CONTINUAL,
         PARITY,
+        ARRHYTHMIA,
+        CREDIT_SCORING,
+        TEXT_CLASSIFICATION,
     )
 }
 

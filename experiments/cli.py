@@ -340,11 +340,7 @@ def _catalogue() -> dict[str, tuple[str, dict[str, str]]]:
         "label_protections": ("Protections of labels (splitlearn run label_leakage)", LABEL_PROTECTIONS),
         "poisoning": ("Poisoning (splitlearn run poisoning --attacks NAME)", POISON_ATTACKS),
         "poison_defenses": ("Defenses against poisoning (splitlearn run poisoning --defenses NAME)", POISON_DEFENSES),
-        "methods": (
-            "Methods for unlike members (splitlearn run non_iid --methods NAME), and for one task after the other "
-            "(splitlearn run continual --methods NAME)",
-            {**METHODS, **TASK_METHODS},
-        ),
+        "methods": ("Methods (splitlearn run non_iid, continual --methods NAME)", {**METHODS, **TASK_METHODS}),
         "detectors": ("Detectors (splitlearn run detection --detectors NAME)", DETECTORS),
         "mechanisms": ("Mechanisms with an ε (splitlearn run privacy_utility --mechanisms NAME)", MECHANISMS),
         "data": ("Data sets (splitlearn data NAME)", DATASETS),

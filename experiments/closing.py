@@ -7,8 +7,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.figures import count, seconds
+from experiments.paradigm_plot import claims_table, paradigm_table
 from experiments.record import UNDERTRAINED, Record
 from experiments.summary import Point, Spread, families, summarise, utility_metric
+from experiments.tables import Table as Figures
 from experiments.tables import front_of, utility_columns
 
 __all__ = ["closing_tables"]
@@ -20,9 +22,16 @@ def closing_tables(records: Iterable[Record]) -> Iterator[Table]:
     """Yield a table per data set, protocol and cut, one row per configuration, seeds apart.
 
     A row holds utility, worst leakage, and the bytes and the time of a trial; failed trials take no part. Where
-    nothing was attacked, every utility metric has its column, and the settings share one table.
+    nothing was attacked, every utility metric has its column, and the settings share one table. Paradigms, too, share
+    one, beside what surveys say of them.
     """
     points = summarise(records)
+    compared = paradigm_table(points, brief=True)
+    if compared is not None:
+        said = claims_table(points)
+        yield _plain(compared)
+        yield from [] if said is None else [_plain(said)]
+        return
     if points and not any(point.attacks for point in points):
         yield _unattacked(points)
         return
@@ -49,6 +58,16 @@ def _table(title: str, points: Sequence[Point]) -> Table:
             _mean(point.nbytes(), count),
             _mean(point.seconds(phase), seconds),
         )
+    return table
+
+
+def _plain(figures: Figures) -> Table:
+    """Return a table of a report for the terminal."""
+    table = _empty("", figures.caption)
+    for place, heading in enumerate(figures.columns):
+        table.add_column(heading, justify="left" if place < figures.heads else "right")
+    for row in figures.rows:
+        table.add_row(*(escape(cell) for cell in row))
     return table
 
 

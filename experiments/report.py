@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.image import imsave
 
+from experiments.continual_plot import continual
 from experiments.detection_plot import detection, detection_table
 from experiments.figures import number, spread
 from experiments.gallery import Row, gallery, strip
@@ -19,6 +20,8 @@ from experiments.he_plot import he_costs
 from experiments.interactive import interactive_tradeoff
 from experiments.label_plot import label_table, labels
 from experiments.mpc_plot import mpc_costs
+from experiments.non_iid_plot import non_iid
+from experiments.paradigm_plot import claims_table, paradigm_table, paradigms
 from experiments.plots import leakage_note, reconstructions, spread_note, tradeoff
 from experiments.poison_plot import backdoors, poison_table, poisonings
 from experiments.privacy_plot import privacy
@@ -66,8 +69,8 @@ def build(root: Path) -> Path:
 
     The pictures are ``tradeoff.png``, ``reconstructions.png``, where an ε is claimed ``privacy.png``, and of
     ``he_overhead`` ``encryption.png``, of ``mpc_overhead`` ``shares.png``, of ``detection`` ``detection.png``, of
-    ``label_leakage`` ``labels.png``, of ``protection_grid`` ``protection_grid.png``, where members poisoned
-    ``poisoning.png`` and ``backdoor.png``.
+    ``label_leakage`` ``labels.png``, of ``protection_grid``, ``paradigms``, ``non_iid`` and ``continual`` one of that
+    name, where members poisoned ``poisoning.png`` and ``backdoor.png``.
 
     A picture that the records have no figures for is left out, and removed if an earlier report left it. A corrupt
     record is told of in the report; ``ValueError`` where there is none at all that can be read.
@@ -91,6 +94,9 @@ def build(root: Path) -> Path:
         "poisoning": poisonings(records, root / "poisoning.png"),
         "backdoor": backdoors(records, root / "backdoor.png"),
         "protection_grid": protection_grid(records, root / "protection_grid.png"),
+        "paradigms": paradigms(records, root / "paradigms.png"),
+        "non_iid": non_iid(records, root / "non_iid.png"),
+        "continual": continual(records, root / "continual.png"),
     }
     return write_atomically(root / "report.html", _page(records, problems, store, drawn).encode())
 
@@ -122,6 +128,7 @@ def _page(records: Sequence[Record], problems: Sequence[str], store: Store, draw
         detected=detection_table(points),
         labels_by_epoch=label_table(points),
         poisoned=poison_table(points),
+        compared=[table for table in (paradigm_table(points), claims_table(points)) if table is not None],
         pictures=[_picture(row) for row in gallery(records, store)],
         results=results_tables(points),
         strengths=strength_notes(points),

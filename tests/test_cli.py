@@ -90,7 +90,7 @@ def tiny(monkeypatch, tmp_path):
         setattr(catalogue, kind, {"some": SimpleNamespace(summary=f"one of the {kind.lower()}")})
     catalogue.BUILT_ATTACKS = catalogue.UPDATE_ATTACKS = catalogue.LABEL_ATTACKS = catalogue.LABEL_PROTECTIONS = {}
     catalogue.POISON_ATTACKS = catalogue.POISON_DEFENSES = {}
-    catalogue.METHODS = catalogue.TASK_METHODS = {}
+    catalogue.METHODS = catalogue.TASK_METHODS = catalogue.PARADIGMS = {}
     catalogue.BENCHES = {"speed": SimpleNamespace(summary="how fast", run=measure)}
     monkeypatch.setitem(sys.modules, "experiments.catalogue", catalogue)
     monkeypatch.delenv("SPLITLEARN_DATA", raising=False)

@@ -103,6 +103,6 @@ def _rebased(found: Weights, began: Weights, now: Weights, share: float) -> Weig
     """Return the model as it is now, moved by a share of what a member moved what it began with."""
 
     def moved(name: str, w: Tensor) -> Tensor:
-        return now[name] + share * (w - began[name]) if w.is_floating_point() else w
+        return now[name] + share * (w.to(now[name].device) - began[name]) if w.is_floating_point() else w
 
     return {name: moved(name, w) for name, w in found.items()}

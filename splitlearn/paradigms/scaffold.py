@@ -102,7 +102,7 @@ def scaffold_round(
     of this round; ``lr`` is the server's rate, on parameters alone: buffers are averaged. ``aggregate`` makes the
     weights alone: a robust one does not keep a bad member's change out of the control. Deviation: weights are averaged
     by samples, as FedAvg's are, which with controls at zero it equals bit for bit; controls are averaged evenly, as in
-    the paper.
+    the paper, so that c is the mean of all c_i; of members with unlike sample counts corrections do not quite cancel.
     """
     check_names(members)
     total = len(members) if total is None else total
@@ -113,11 +113,16 @@ def scaffold_round(
     answers, counts, done = finished(*collect(members, sent, at_once=True))
     found = aggregate([_models(one) for one in answers], counts, start)
     if lr != 1.0:
-        found = {name: start[name] + lr * (w - start[name]) if name in control else w for name, w in found.items()}
+        found = {
+            name: start[name] + lr * (w.to(start[name].device) - start[name]) if name in control else w
+            for name, w in found.items()
+        }
     model.load_weights({**start, **found})
     share = len(answers) / total
     changes = mean([_changes(one) for one in answers], [1] * len(answers))
-    return done, {name: own + share * changes[name] if name in changes else own for name, own in control.items()}
+    return done, {
+        name: own + share * changes[name].to(own.device) if name in changes else own for name, own in control.items()
+    }
 
 
 def no_control(model: Learner) -> Weights:
