@@ -77,13 +77,12 @@ class Trial:
 class Study:
     """A setting. ``data`` are the sets that it is about, the usual one first; all mappings are by name.
 
-    ``protocols`` says of each whether anything crosses that a protection can change; those in ``alone`` have one
-    client, whatever --clients says. ``deal(dataset, sizes, seed)``
-    parts the rows. ``train(trial, splits)`` returns what was trained, and a function that attacks it.
-    ``described(trial, splits)`` are the attacks' settings, ``check(trial, splits)`` raises for what cannot be,
-    ``notes(splits)`` are what must be known to read the figures, ``epsilon(trial, splits)`` what the arm's
-    protection proves (δ = 0), None where nothing. ``beside(dataset, sizes, seed)`` are further test
-    samples, by what the metrics on them are called after.
+    ``protocols`` says of each whether anything crosses that a protection can change; --clients is of those that are not
+    ``alone``. ``deal(dataset, sizes, seed)`` parts the rows. ``train(trial, splits)`` returns what was trained, and a
+    function that attacks it. ``described(trial, splits)`` are the attacks' settings, ``check(trial, splits)`` raises
+    for what cannot be, ``notes(splits)`` are what must be known to read the figures, ``epsilon(trial, splits)`` is what
+    the arm's protection proves (δ = 0), None where nothing. ``beside(dataset, sizes, seed)`` are further test samples,
+    by what the metrics on them are called after.
     """
 
     name: str

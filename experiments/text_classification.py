@@ -1,7 +1,7 @@
 """Case study: a client's sentences, classified by a server's half of a small transformer: which words cross the cut?
 
-Split learning on text (sst2, trec). The server reads an activation row a word, and the labels; it may send texts of its
-own through the client's path and see what crosses (``Threat(queries=True)``), as any user of the model can.
+Split learning on text (sst2, trec). The server reads an activation row a word, and the labels. ``nearest`` knows the
+client's bottom, as one that is public; ``learned`` sends texts of its own through the client's path, as any user can.
 """
 
 import time
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from defenses import PatchShuffle
 from experiments import case_study, setups
 from experiments.case_study import READ_LABELS, Study, Trial
 from experiments.experiment import Experiment, Options
@@ -33,7 +35,8 @@ from splitlearn.train import predict
 __all__ = ["TEXT_CLASSIFICATION", "Config", "LearnedWords", "NearestWords"]
 
 SPECIAL = 2  # tokens before the first word: padding and unknown
-CHUNK = 256  # texts asked for at once
+CHUNK = 64  # texts asked for at once
+LEAST = 16  # texts of the attacker's own, without which nothing can be learned
 HELD_OUT = 0.1  # share of the attacker's texts on which the best epoch is chosen
 
 
@@ -53,7 +56,7 @@ class Config(case_study.Config):
         metadata={"help": f"of nearest, learned (words from activations), {READ_LABELS}; '' for none"},
     )
     cut: str = field(default="block1", metadata={"help": "last layer below the cut: embed, block1, block2"})
-    targets: int = field(default=100, metadata={"help": "private texts whose words are attacked"})
+    targets: int = field(default=50, metadata={"help": "private texts whose words are attacked"})
     private: int = field(default=3000, metadata={"help": "private texts, on which the model trains"})
     auxiliary: int = field(default=1000, metadata={"help": "texts of the attacker's own"})
     test: int = field(default=500, metadata={"help": "test texts"})
@@ -64,39 +67,38 @@ class Config(case_study.Config):
 class NearestWords:
     """Each row's word: the one whose row, in a text of that word alone, has the greatest cosine at the same place.
 
-    Queries alone. Exact below attention, where a row is its word and place; above, context is missed. ``words`` is the
-    size of the vocabulary, padding and unknown included; each text is asked for ``asked`` times and its rows averaged,
-    against noise that is drawn anew.
+    Needs the client's bottom (``Threat(white_box=True)``), as where that is public or handed on, and asks it without
+    what protects. Exact below attention, where a row is its word and place; above, context is missed. ``words`` is the
+    size of the vocabulary, padding and unknown included. Where rows are ``shuffled``, every row is held against every
+    place, and the places are dealt by the Hungarian method: one row each, those of zeros, which are padding, last.
     """
 
     words: int
-    asked: int = 4
+    shuffled: bool = False
 
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:
-        """Return tokens [N, L]; never padding, nor unknown."""
-        z = normalize(view.activations(), dim=-1).transpose(0, 1)  # [L, N, width]
-        length = len(z)
-        best = z.new_full(z.shape[:2], -2.0)
-        found = torch.zeros(z.shape[:2], dtype=torch.int64, device=z.device)
+        """Return tokens [N, L]; never padding, nor unknown, but where ``shuffled`` leaves padding."""
+        z, stage = normalize(view.activations(), dim=-1), view.encoder.stage
+        num, length, _ = z.shape
+        shape = (num, length, length) if self.shuffled else (num, length)  # of text, row (and place)
+        best, found = z.new_full(shape, -2.0), torch.zeros(shape, dtype=torch.int64, device=z.device)
         for word in torch.arange(SPECIAL, self.words, device=z.device).split(CHUNK):
-            alone = word[:, None].expand(-1, length).contiguous()
-            rows = normalize(
-                torch.stack([view.query(alone) for _ in range(self.asked)]).sum(0), dim=-1
-            )  # [chunk, L, width]
-            cosine, at = (z @ rows.permute(1, 2, 0)).max(-1)
+            rows = normalize(stage(word[:, None].expand(-1, length).contiguous()), dim=-1)  # [chunk, L, width]
+            pairs = "nrw,cpw->nrpc" if self.shuffled else "npw,cpw->npc"
+            cosine, at = torch.einsum(pairs, z, rows).max(-1)
             better = cosine > best
             best, found = torch.where(better, cosine, best), torch.where(better, word[at], found)
-        return found.T
+        return _dealt(z, best, found) if self.shuffled else found
 
 
 @dataclass(frozen=True)
 class LearnedWords:
     """Each row's word, by a linear classifier of rows that learns from what crosses for the attacker's own texts.
 
-    Queries and auxiliary texts, asked for anew in each epoch. Each place's mean row is taken off, since positions are
-    added below the cut. It knows the words of its own texts alone. Of its epochs the one counts that does best on
-    texts held out. ``lr`` is Adam's.
+    Queries and auxiliary texts (``Threat(queries=True, auxiliary=True)``), asked for anew in each epoch. Each place's
+    mean row is taken off, since positions are added below the cut. It knows the words of its own texts alone. Of its
+    epochs the one counts that does best on texts held out. ``lr`` is Adam's.
     """
 
     epochs: int = 8
@@ -136,6 +138,16 @@ class LearnedWords:
             return torch.cat([known[classify(part).argmax(-1)] for part in z.split(CHUNK)])
 
 
+def _dealt(z: Tensor, best: Tensor, found: Tensor) -> Tensor:
+    """Return the words [N, L] at their places: of each text, the rows' assignment with the greatest sum of cosines."""
+    tokens = torch.full(z.shape[:2], PADDING, dtype=torch.int64)
+    for text, (rows, scores, words) in enumerate(zip(z.cpu(), best.cpu(), found.cpu(), strict=True)):
+        real = rows.any(-1).nonzero()[:, 0]
+        row, place = linear_sum_assignment(scores[real, : len(real)].numpy(), maximize=True)
+        tokens[text, torch.from_numpy(place)] = words[real[torch.from_numpy(row)], torch.from_numpy(place)]
+    return tokens
+
+
 @torch.no_grad()
 def _asked(view: View, x: Tensor) -> Tensor:
     return torch.cat([view.query(part) for part in x.split(CHUNK)])
@@ -153,12 +165,15 @@ def _rows(view: View, x: Tensor, means: Tensor, scale: Tensor) -> tuple[Tensor, 
     return ((_asked(view, x) - means) / scale)[x > UNKNOWN], x[x > UNKNOWN]
 
 
-THREATS = {"nearest": Threat(queries=True), "learned": Threat(queries=True, auxiliary=True)}
+THREATS = {"nearest": Threat(white_box=True), "learned": Threat(queries=True, auxiliary=True)}
 
 
-def built(name: str, words: int, seed: int) -> NearestWords | LearnedWords:
-    """Return one of the attacks on words."""
-    return NearestWords(words) if name == "nearest" else LearnedWords(seed=seed)
+def built(name: str, words: int, trial: Trial, seed: int) -> NearestWords | LearnedWords:
+    """Return one of the attacks on words; the nearest words' attacker knows whether rows are shuffled."""
+    if name == "learned":
+        return LearnedWords(seed=seed)
+    guard = PROTECTIONS[trial.protection].build(trial.strength).guard
+    return NearestWords(words, shuffled=isinstance(guard, PatchShuffle))
 
 
 def train(trial: Trial, splits: Splits) -> tuple[Trained, Callable[[], Attacked]]:
@@ -186,7 +201,7 @@ def attack(trial: Trial, trained: Trained, splits: Splits) -> Attacked:
             continue
         begun = time.perf_counter()
         view = observe(trained.record, threat=THREATS[name], grants=grants, device=training.device)
-        tokens = built(name, len(private.names or ()), training.seed)(view).cpu()
+        tokens = built(name, len(private.names or ()), trial, training.seed)(view).cpu()
         found.leakage.append(scored(name, tokens, x, splits.auxiliary.x))
         found.seconds[f"attack_{name}"] = time.perf_counter() - begun
         found.visible[f"attacker ({name})"] = THREATS[name].in_words()
@@ -215,7 +230,7 @@ def scored(name: str, tokens: Tensor, x: Tensor, auxiliary_x: Tensor) -> Leakage
 def described(trial: Trial, splits: Splits) -> dict[str, Any]:
     """Return the attacks' settings."""
     words = len(splits.private.names or ())
-    return {name: told(built(name, words, 0)) if name in THREATS else "" for name in trial.attacks}
+    return {name: told(built(name, words, trial, 0)) if name in THREATS else "" for name in trial.attacks}
 
 
 def check(trial: Trial, splits: Splits) -> None:
@@ -226,8 +241,8 @@ def check(trial: Trial, splits: Splits) -> None:
         )
     if not 1 <= trial.targets <= len(splits.private):
         raise ValueError(f"expected --targets between 1 and {len(splits.private)}, got {trial.targets}")
-    if "learned" in trial.attacks and len(splits.auxiliary) < CHUNK // 16:
-        raise ValueError(f"expected --auxiliary of {CHUNK // 16} or more for learned, got {len(splits.auxiliary)}")
+    if "learned" in trial.attacks and len(splits.auxiliary) < LEAST:
+        raise ValueError(f"expected --auxiliary of {LEAST} or more for learned, got {len(splits.auxiliary)}")
 
 
 def notes(splits: Splits) -> list[str]:
@@ -242,7 +257,7 @@ STUDY = Study(
     name="text_classification",
     data=("sst2", "trec"),
     protocols={"unsplit": False, "vanilla": True, "u_shaped": True},
-    alone=("unsplit", "vanilla", "u_shaped"),
+    alone=(),
     protections={name: one for name, one in PROTECTIONS.items() if "tokens" in one.inputs},
     attacks={**THREATS, READ_LABELS: None},
     deal=case_study.dealt,
