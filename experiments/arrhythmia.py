@@ -252,4 +252,5 @@ ARRHYTHMIA = Experiment(
     "Case study: hospitals' heart beats (mitbih), judged on unseen patients: what leaks, what protects, at what cost",
     Config,
     tasks,
+    STUDY.data[0],
 )

@@ -103,13 +103,13 @@ class Study:
 def tasks(study: Study, config: Config, options: Options, call: Callable[[Trial, Path | None], Outcome]) -> list[Task]:
     """Return one task an arm and seed; every name and number is checked first, and that the data is there.
 
-    ``call`` runs a trial: the study's own top-level function, which a worker process can take. Where --data is left at
-    what it is for all experiments, it is the study's usual data set.
+    ``call`` runs a trial: the study's own top-level function, which a worker process can take.
     """
-    data = study.data[0] if options.data == Options.data else options.data
+    data = options.data
     if data not in study.data:
         raise LookupError(
-            f"expected --data of {', '.join(study.data)}, which {study.name} is about, got {data!r}; or leave it out"
+            f"expected --data of {', '.join(study.data)}, which {study.name} is about, got {data!r}; leave it out for "
+            f"{study.data[0]}"
         )
     for kind in ("protocols", "protections"):
         if not getattr(config, kind):

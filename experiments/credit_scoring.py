@@ -211,4 +211,5 @@ CREDIT_SCORING = Experiment(
     "Case study: two hold columns, a third labels (credit, bank, adult): what leaks, what protects, at what cost",
     Config,
     tasks,
+    STUDY.data[0],
 )

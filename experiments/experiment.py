@@ -32,13 +32,15 @@ class Experiment:
 
     ``config`` is a frozen dataclass of options: the command line is made from its fields, each of which has a
     default and its help text in ``field(metadata={"help": …})``. ``tasks(config, options)`` returns one task a
-    trial; it checks every name first, so that nothing starts on bad input.
+    trial; it checks every name first, so that nothing starts on bad input. ``data`` is what it is about where the user
+    names no data set.
     """
 
     name: str
     summary: str
     config: type
     tasks: Callable[[Any, Options], list[Task]]
+    data: str = Options.data
 
 
 def reproduction(name: str, config: Any, *, data: str, device: str, seed: int) -> str:

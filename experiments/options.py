@@ -24,7 +24,7 @@ def command(experiment: Experiment, execute: Execute) -> Any:
 
     Raises ``ValueError`` for a field whose type or name the command line cannot take.
     """
-    common = _common(experiment.name)
+    common = _common(experiment)
     own = _own(experiment, taken={parameter.name for parameter in common})
 
     def call(**values: Any) -> None:
@@ -73,7 +73,7 @@ _PLURAL = {int: "whole numbers", float: "numbers", str: "names"}
 _ONE = {int: "INTEGER", float: "NUMBER", str: "NAME", bool: "", Path: "PATH"}
 
 
-def _common(name: str) -> list[inspect.Parameter]:
+def _common(experiment: Experiment) -> list[inspect.Parameter]:
     """Return the parameters of ``Options``, and ``quiet``."""
 
     def option(name: str, annotation: Any, default: Any, text: str, **more: Any) -> inspect.Parameter:
@@ -83,13 +83,13 @@ def _common(name: str) -> list[inspect.Parameter]:
 
     base = Options()
     return [
-        option("data", str, base.data, "Data set, one of `splitlearn list data`.", metavar="NAME"),
+        option("data", str, experiment.data, "Data set, one of `splitlearn list data`.", metavar="NAME"),
         option(
             "data_dir", Path | None, None, "Folder with the data sets' files.", envvar="SPLITLEARN_DATA", metavar="DIR"
         ),
         option("seeds", str, _text(base.seeds), "Seeds: 0,1,2 or 0-4.", parser=seeds, metavar="SEED,…"),
         option("device", str, base.device, "cpu, cuda, cuda:1 …; auto: a GPU where there is one.", metavar="NAME"),
-        option("out", Path, Path("runs") / name, "Folder for records and report.", metavar="DIR"),
+        option("out", Path, Path("runs") / experiment.name, "Folder for records and report.", metavar="DIR"),
         option("jobs", int, base.jobs, "Trials at once; 0: one a core.", metavar="INTEGER", min=0),
         option("engine", Literal["local", "ray"], base.engine, "Where trials run: processes here, or Ray's workers."),
         option(

@@ -283,4 +283,5 @@ TEXT_CLASSIFICATION = Experiment(
     "Case study: sentences and a split transformer (sst2, trec): which words leak, what protects, at what cost",
     Config,
     tasks,
+    STUDY.data[0],
 )

@@ -3,7 +3,6 @@
 import gzip
 import pickle
 import shlex
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -90,7 +89,7 @@ def _quick_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(folder: Path, name: str, **change: Any) -> Options:
-    data = {"text_classification": "trec"}.get(name, Options.data)
+    data = {"text_classification": "trec"}.get(name, STUDIES[name].STUDY.data[0])
     return replace(Options(data=data, data_dir=folder, seeds=(0,)), **change)
 
 
@@ -154,9 +153,9 @@ def test_data_that_is_absent_or_of_another_study_is_one_clear_line(
     monkeypatch.delenv("SPLITLEARN_DATA", raising=False)
     study: ModuleType = STUDIES[name]
     with pytest.raises(LookupError, match=r"got none; name its folder by --data-dir or SPLITLEARN_DATA"):
-        study.tasks(study.Config(), Options())
+        study.tasks(study.Config(), Options(data=study.STUDY.data[0]))
     with pytest.raises(LookupError, match=r"got no such file; name its folder by --data-dir"):
-        study.tasks(study.Config(), Options(data_dir=tmp_path))
+        study.tasks(study.Config(), Options(data=study.STUDY.data[0], data_dir=tmp_path))
     with pytest.raises(LookupError, match=f"which {name} is about, got 'mnist'"):
         study.tasks(study.Config(), Options(data="mnist", data_dir=folder))
 
@@ -286,10 +285,3 @@ def test_the_report_draws_the_arms(folder: Path, tmp_path: Path) -> None:
     assert run(tasks, Store(tmp_path), jobs=1, progress=False).failed == 0
     assert "text_classification" in build(tmp_path).read_text()
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_every_study_has_something_to_do_on_real_data(name: str, real_data: Path) -> None:
-    study: ModuleType = STUDIES[name]
-    make: Callable[..., list[Task]] = study.tasks
-    assert len(make(study.Config(), Options(data_dir=real_data, seeds=(0,)))) > 3

@@ -21,7 +21,7 @@ from experiments.parts import Aim, Attack, Protection, Shield
 from experiments.runner import Outcome, run
 from experiments.store import Store
 from experiments.training import ONE_CLIENT, Training, load_splits
-from splitlearn.data import Dataset, Splits, split
+from splitlearn.data import DATASETS, Dataset, Splits, split
 from splitlearn.guard import Guard
 from splitlearn.threat import Grants, Threat, observe
 from splitlearn.train import predict
@@ -274,9 +274,10 @@ def test_tokens_are_refused_by_what_cannot_read_them_and_trained_without(monkeyp
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_has_something_to_do_as_it_is(name: str) -> None:
+def test_every_experiment_has_something_to_do_as_it_is(name: str, request: pytest.FixtureRequest) -> None:
     experiment = EXPERIMENTS[name]
-    assert experiment.tasks(experiment.config(), Options(seeds=(0,)))
+    folder = request.getfixturevalue("real_data") if DATASETS[experiment.data].files else None
+    assert experiment.tasks(experiment.config(), Options(data=experiment.data, data_dir=folder, seeds=(0,)))
 
 
 def test_the_catalogue_describes_itself_in_one_line_each() -> None:
