@@ -363,6 +363,11 @@ BUILT_ATTACKS: dict[str, BuiltAttack] = {
         "membership by likelihood ratio over shadow models, at any point of the split (Carlini et al. 2022; membership)"
     ),
     "loss_threshold": BuiltAttack("membership by one threshold on the loss (Yeom et al. 2018; membership)"),
+    "nearest": BuiltAttack(
+        "words by the nearest activation of the bottom, which the server knows, at each place (text_classification)"
+    ),
+    "learned": BuiltAttack("words by a classifier of what the bottom answers to auxiliary texts (text_classification)"),
+    "read_labels": BuiltAttack("labels as they are sent to the server (the case studies)"),
     "attribute": BuiltAttack(
         "an attribute of private samples by a classifier of activations (Song & Shmatikov 2020; attribute)"
     ),
