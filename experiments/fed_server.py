@@ -78,6 +78,8 @@ class FedServer:
             if self._main is not None:
                 self._main.check(state["attempts"] if state is not None else 0)
             self._begin(address, credentials, data_dir, own_seed, deadline, state)
+            if state is None:
+                self._keep()  # before any client knows of this run's salt: made anew it would have another one
             self._held = stack.pop_all()  # until it is closed
 
     def _begin(
@@ -109,9 +111,8 @@ class FedServer:
         port = self.host.start()
         self._told(f"fed server on port {port}; waiting for {', '.join(self.deployment.clients)}")
         begun = time.monotonic() - self.served.seconds
-        if not self._path.is_file():
+        if not self.attempts:
             self._gather()
-            self._keep()
         self._settle()
         while not self.over:
             try:
