@@ -100,9 +100,9 @@ def scaffold_round(
 
     ``control`` is by parameter name, zeros at first (``no_control``); ``total`` members share it, ``members`` are those
     of this round; ``lr`` is the server's rate, on parameters alone: buffers are averaged. ``aggregate`` makes the
-    weights alone: a robust one does not keep a bad member's change out of the control. Deviation: weights are averaged
-    by samples, as FedAvg's are, which with controls at zero it equals bit for bit; controls are averaged evenly, as in
-    the paper, so that c is the mean of all c_i; of members with unlike sample counts corrections do not quite cancel.
+    weights alone: a robust one does not keep a bad member's change out of the control. Deviation: weights and controls
+    are averaged by samples, as FedAvg's weights are, which with controls at zero it equals bit for bit. The paper
+    averages both evenly; one of each would not cancel, and diverges where members' amounts differ enough.
     """
     check_names(members)
     total = len(members) if total is None else total
@@ -119,7 +119,7 @@ def scaffold_round(
         }
     model.load_weights({**start, **found})
     share = len(answers) / total
-    changes = mean([_changes(one) for one in answers], [1] * len(answers))
+    changes = mean([_changes(one) for one in answers], counts)
     return done, {
         name: own + share * changes[name].to(own.device) if name in changes else own for name, own in control.items()
     }

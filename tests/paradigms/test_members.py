@@ -248,12 +248,30 @@ def test_controls_by_hand() -> None:
             changes.append(change)
             counts.append(samples[n] * steps[n])
         average = sum(count * y for count, y in zip(counts, moved, strict=True)) / sum(counts)
-        x, c = x + rate * (average - x), c + len(present) / 3 * sum(changes) / len(present)
+        change = sum(count * one for count, one in zip(counts, changes, strict=True)) / sum(counts)
+        x, c = x + rate * (average - x), c + len(present) / 3 * change
         assert list(done.counts.values()) == counts
         assert everywhere.weights()["weight"].item() == pytest.approx(x, rel=0, abs=1e-12)
         assert control["weight"].item() == pytest.approx(c, rel=0, abs=1e-12)
     assert [one.state_dict()["control"]["weight"].item() for one in members] == pytest.approx(own, rel=0, abs=1e-12)
-    assert c == pytest.approx(sum(own) / 3, abs=1e-12)  # the server's is the mean of all, those that stayed away too
+
+
+def test_scaffold_holds_where_members_hold_unlike_amounts() -> None:
+    curves, optima, samples, steps, lr = [1.0, 10.0], [0.0, 1.0], [16, 16], [18, 2], 0.04
+    members = [
+        ScaffoldMember(point(f"c{n}", curves[n], lr=lr), None, pulled_to(optima[n], steps=steps[n], samples=samples[n]))
+        for n in range(2)
+    ]
+    found = point("all", 1.0, lr=lr)
+    control = no_control(found)
+    for _ in range(300):
+        done, control = scaffold_round(members, found, control)
+    shares = [done.counts[f"c{n}"] / sum(done.counts.values()) for n in range(2)]
+    assert shares == [0.9, 0.1]
+    best = sum(p * a * b for p, a, b in zip(shares, curves, optima, strict=True)) / sum(
+        p * a for p, a in zip(shares, curves, strict=True)
+    )
+    assert abs(found.weights()["weight"].item() - best) < 1e-8
 
 
 def test_scaffold_finds_the_optimum_that_fedavg_drifts_from() -> None:
@@ -387,8 +405,8 @@ def test_who_drops_out_keeps_the_control_and_the_others_count_for_their_share() 
     assert same(members[0].state_dict()["control"], before[0])
     now = [one.state_dict()["control"] for one in members]
     for name, own in after.items():
-        moved = sum(now[n][name] - before[n][name] for n in range(3)) / 3
-        assert torch.allclose(own, control[name] + moved, rtol=0, atol=1e-14)
+        moved = sum(done.counts[f"c{n}"] * (now[n][name] - before[n][name]) for n in (1, 2)) / sum(done.counts.values())
+        assert torch.allclose(own, control[name] + 2 / 3 * moved, rtol=0, atol=1e-14)
     twin = learner("c0", below)  # nothing is left of the round: a step outside is plain
     twin.load_weights(members[0].learner.weights())
     for one in (members[0].learner, twin):
