@@ -122,6 +122,8 @@ def tasks(study: Study, config: Config, options: Options, call: Callable[[Trial,
     sizes = config.private, config.auxiliary, config.test
     if min(sizes) < 1:
         raise ValueError(f"expected --private, --auxiliary and --test of 1 or more, got {', '.join(map(str, sizes))}")
+    if config.batch_size < 1:
+        raise ValueError(f"expected --batch-size of 1 or more, got {config.batch_size}")
     last = config.private % config.batch_size or config.batch_size
     if last < LEAST and any(name == "nopeek" for name, _ in protections):
         raise ValueError(

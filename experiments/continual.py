@@ -2,7 +2,8 @@
 
 Class-incremental: a task is a few classes, and whoever predicts is not told of which task a sample is. Methods begin
 from the same model and see each task for as many epochs, but for ``joint``, which sees all earlier tasks again: an
-upper bound.
+upper bound. Methods compare within a protocol: FedAvg makes several passes a round, and its memories are small. What
+was never learned is not forgotten either: read forgetting beside accuracy.
 """
 
 import copy
