@@ -153,6 +153,8 @@ def tasks(config: Config, options: Options) -> list[Task]:
 
 def _check(config: Config) -> None:
     """Refuse numbers that no training can be made of."""
+    if config.rounds < 1:
+        raise ValueError(f"expected --rounds of 1 or more, got {config.rounds}")
     for option in ("methods", "skews", "cuts"):
         if not getattr(config, option):
             raise ValueError(f"expected at least one of --{option}, got none; leave the option out for the default")

@@ -42,6 +42,7 @@ WEIGHTS, ACTIVATIONS = "every client's weights after every round", "the activati
 RATE, SCAFFOLD_RATE = 0.2, 0.1
 COUNTS = "how many samples each client has"
 OWN_DATA = "its own samples and the model that it is given"
+CUT = "gradients at its cut, and the loss"
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,10 @@ def train_scaffold(plan: Plan, shares: Sequence[Share], look: Look) -> Federatio
 
     members = _members(plan, shares, [plan.model] * len(shares), make=ScaffoldMember)
     found = Federation([everywhere], [[everywhere] for _ in members])
-    found.visible = {"fed server": [WEIGHTS, "every client's change of control", COUNTS], "client": [OWN_DATA]}
+    found.visible = {
+        "fed server": [WEIGHTS, "every client's change of control", COUNTS],
+        "client": [OWN_DATA, "the server's control, the mean of all clients'"],
+    }
     return _rounds(plan, members, one, found, look)
 
 
@@ -189,7 +193,7 @@ def train_splitfed(
     seats, meters = _seated(sessions)
     members = _members(plan, shares, [below] * len(shares), seats, make)
     found = Federation([bottom, top], [[bottom, top] for _ in members], meters)
-    found.visible = {"server": [ACTIVATIONS, "its label"], "fed server": [WEIGHTS, COUNTS], "client": [OWN_DATA]}
+    found.visible = {"server": [ACTIVATIONS, "its label"], "fed server": [WEIGHTS, COUNTS], "client": [OWN_DATA, CUT]}
     return _rounds(plan, members, lambda there: splitfed_v1_round(there, sessions, bottom, top), found, look)
 
 
@@ -210,7 +214,7 @@ def train_unlike_cuts(plan: Plan, shares: Sequence[Share], look: Look) -> Federa
     seats, meters = _seated(sessions)
     members = _members(plan, shares, [below for below, _ in halves], seats)
     found = Federation([everywhere], [[everywhere] for _ in members], meters)
-    found.visible = {"server": [ACTIVATIONS, "its label", WEIGHTS, COUNTS], "client": [OWN_DATA]}
+    found.visible = {"server": [ACTIVATIONS, "its label", WEIGHTS, COUNTS], "client": [OWN_DATA, CUT]}
     return _rounds(plan, members, lambda there: unlike_cuts_round(there, sessions, everywhere), found, look)
 
 

@@ -172,7 +172,7 @@ def test_a_trial_is_the_same_twice_whatever_torch_drew_before() -> None:
         ({"skews": ("label:x",)}, "got 'label:x'"),
         ({"clients": 1}, "--clients of 2 or more"),
         ({"clients": 60}, "rows a client"),
-        ({"rounds": 0}, "--epochs of 1 or more"),
+        ({"rounds": 0}, "--rounds of 1 or more"),
         ({"local_epochs": 0}, "--local-epochs of 1"),
         ({"tune_epochs": 0}, "--tune-epochs of 1"),
         ({"absent": 1.0}, "--absent from 0 to below 1"),
