@@ -17,7 +17,7 @@ from splitlearn.federation import (
     splitfed_v2_round,
 )
 from splitlearn.frames import Kind, Message, decode, encode
-from splitlearn.members import FedMember, Weights
+from splitlearn.members import FedMember, RemoteMember, Weights
 from splitlearn.paradigms import (
     Consensus,
     Distilled,
@@ -93,14 +93,14 @@ NOTHING = ["gradients at the cut", "the loss"]
 
 def central(fleet: Fleet) -> Course:
     """All samples are sent to the cloud once, which trains the whole model."""
-    x = torch.cat([x for x, _ in fleet.shares()])
-    y = torch.cat([y for _, y in fleet.shares()])
+    shares = fleet.shares()
+    x, y = torch.cat([x for x, _ in shares]), torch.cat([y for _, y in shares])
     whole = fleet.learner("server", fleet.model(), 0)
     seat = fleet.cloud.seat(whole)
     batches = Batches(x, y, batch_size=fleet.training.batch_size, seed=fleet.training.seed)
 
     def one() -> None:
-        for name, (own, labels) in zip(fleet.names, fleet.shares(), strict=True):  # what a copy of the data costs
+        for name, (own, labels) in zip(fleet.names, shares, strict=True):  # what a copy of the data costs
             frame = encode(Message("send", {Kind.INPUT: own, Kind.LABEL: labels}, name, 1))
             fleet.traffic.one_way(name, "up", frame)
         for rows, labels in batches:
@@ -156,12 +156,7 @@ def fedprox(fleet: Fleet) -> Course:
 
 def scaffold(fleet: Fleet) -> Course:
     """SCAFFOLD: the same, drift corrected by control variates; plain SGD."""
-    model = fleet.model()
-    everywhere = Learner("fed server", copy.deepcopy(model))
-    devices = fleet.devices(model, momentum=False)
-    members = fleet.federated(
-        [ScaffoldMember(one, None, own) for one, own in zip(devices, fleet.batches(), strict=True)]
-    )
+    model, everywhere, members = _whole_models(fleet, ScaffoldMember, momentum=False)
     state = {"control": no_control(everywhere)}
 
     def one() -> None:
@@ -174,11 +169,7 @@ def scaffold(fleet: Fleet) -> Course:
 
 def buffered(fleet: Fleet) -> Course:
     """FedBuff: devices of unlike speed, the cloud takes half of them at a time as they come."""
-    model = fleet.model()
-    everywhere = Learner("fed server", copy.deepcopy(model))
-    members = fleet.federated(
-        [Member(one, None, own) for one, own in zip(fleet.devices(model), fleet.batches(), strict=True)]
-    )
+    model, everywhere, members = _whole_models(fleet, Member)
     count = len(members)
     buffer = max(1, count // 2)
     steps = -(-count // buffer)  # of the server's in a round
@@ -303,12 +294,18 @@ def _students(fleet: Fleet) -> list[Learner]:
     return [fleet.learner(name, small, place + 1, SOFT) for place, name in enumerate(fleet.names)]
 
 
-def _federated(fleet: Fleet, kind: Callable[..., Member]) -> Course:
+def _whole_models(
+    fleet: Fleet, kind: Callable[..., Member], *, momentum: bool = True
+) -> tuple[nn.Module, Learner, list[RemoteMember]]:
+    """Return the model that all start from, the fed server's copy, and the devices that train one each."""
     model = fleet.model()
-    everywhere = Learner("fed server", copy.deepcopy(model))
-    members = fleet.federated(
-        [kind(one, None, own) for one, own in zip(fleet.devices(model), fleet.batches(), strict=True)]
-    )
+    devices = fleet.devices(model, momentum=momentum)
+    members = [kind(one, None, own) for one, own in zip(devices, fleet.batches(), strict=True)]
+    return model, Learner("fed server", copy.deepcopy(model)), fleet.federated(members)
+
+
+def _federated(fleet: Fleet, kind: Callable[..., Member]) -> Course:
+    model, everywhere, members = _whole_models(fleet, kind)
     visible = {"fed server": WEIGHTS}
     return Course(lambda: fedavg_round(members, everywhere), lambda: [[everywhere]], "at once", [model], visible)
 

@@ -134,8 +134,8 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     warm_up()
     splits = load_splits(trial.data, data_dir, sizes=trial.sizes)
     begun = time.perf_counter()
-    fleet = Fleet(trial.training, splits, None)
-    course = PARADIGMS[trial.training.protocol].build(fleet)
+    paradigm, fleet = PARADIGMS[trial.training.protocol], Fleet(trial.training, splits, None)
+    course = paradigm.build(fleet)
     traces = {"accuracy": _train(fleet, course, splits, trial.training.epochs - 1)}
     fleet.traffic.clear()  # the last round is what is told of traffic, and what updates are read off
     _forget(fleet)
@@ -157,13 +157,12 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     seconds["attack"] = time.perf_counter() - begun
     begun = time.perf_counter()
     unlike = Fleet(trial.training, splits, trial.alpha)
-    other = PARADIGMS[trial.training.protocol].build(unlike)
+    other = paradigm.build(unlike)
     traces["accuracy_non_iid"] = _train(unlike, other, splits, trial.training.epochs)
     seconds["train_non_iid"] = time.perf_counter() - begun
     utility["accuracy_non_iid"], utility["accuracy_non_iid_lowest"] = _accuracy(other, splits)
     if trial.training.epochs % 5:
         traces["accuracy_non_iid"].append(utility["accuracy_non_iid"])
-    paradigm = PARADIGMS[trial.training.protocol]
     return Outcome(
         utility=utility, leakage=attacked.leakage, nbytes=nbytes, seconds=seconds, images=attacked.images,
         visible=course.visible | attacked.visible, traces=traces,
