@@ -1,7 +1,7 @@
 """Split learning: cut a model into stages, let parties hold them, and see exactly what crosses between them."""
 
 from splitlearn.checkpoint import load_checkpoint, save_checkpoint
-from splitlearn.codecs import ErrorFeedback, Float16, Int8, TopK, Zstd
+from splitlearn.codecs import Ans, ErrorFeedback, Float16, Int8, Palette, PerKind, RandomK, TopK, Uniform, Zstd
 from splitlearn.cut import cut, join
 from splitlearn.features import Features
 from splitlearn.federation import (
@@ -31,10 +31,11 @@ from splitlearn.wire import Framed, Metered, Recorded, Transport, serve
 __version__ = "0.1.0"
 
 __all__ = [
-    "Batches", "Emulated", "Encoder", "ErrorFeedback", "Features", "Float16", "Framed", "Grants", "Guard", "Guards",
-    "Int8", "Joined", "Kind", "Learner", "Member", "Message", "Metered", "Party", "Recorded", "Remote", "RemoteMember",
-    "Service", "Threat", "TopK", "Transport", "View", "Zstd", "apart_round", "batch_norm_entries", "concatenated",
-    "cut", "decode", "encode", "epochs_of", "evaluate", "fedavg_round", "fit", "granted", "in_turn_round", "join",
-    "load_checkpoint", "mean", "observe", "parallel", "parallel_round", "predict", "sample", "save_checkpoint", "serve",
-    "splitfed_v1_round", "splitfed_v2_round", "splitfed_v3_round", "summed", "u_shaped", "vanilla", "vertical", "wire",
+    "Ans", "Batches", "Emulated", "Encoder", "ErrorFeedback", "Features", "Float16", "Framed", "Grants", "Guard",
+    "Guards", "Int8", "Joined", "Kind", "Learner", "Member", "Message", "Metered", "Palette", "Party", "PerKind",
+    "RandomK", "Recorded", "Remote", "RemoteMember", "Service", "Threat", "TopK", "Transport", "Uniform", "View",
+    "Zstd", "apart_round", "batch_norm_entries", "concatenated", "cut", "decode", "encode", "epochs_of", "evaluate",
+    "fedavg_round", "fit", "granted", "in_turn_round", "join", "load_checkpoint", "mean", "observe", "parallel",
+    "parallel_round", "predict", "sample", "save_checkpoint", "serve", "splitfed_v1_round", "splitfed_v2_round",
+    "splitfed_v3_round", "summed", "u_shaped", "vanilla", "vertical", "wire",
 ]  # fmt: skip

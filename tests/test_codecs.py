@@ -11,13 +11,28 @@ from hypothesis import strategies as st
 from little_memory import little_memory
 from torch import Tensor, nn
 
-from splitlearn.codecs import ErrorFeedback, Float16, Int8, TopK, Zstd, through
+from splitlearn.codecs import (
+    Ans,
+    ErrorFeedback,
+    Float16,
+    Int8,
+    Palette,
+    PerKind,
+    RandomK,
+    TopK,
+    Uniform,
+    Zstd,
+    through,
+)
 from splitlearn.frames import Codec, Kind, Message, decode, encode
 from splitlearn.party import Learner
 from splitlearn.protocols import vanilla
 from splitlearn.remote import wire
 
-CODECS: list[Codec] = [Int8(), Float16(), TopK(0.3), Zstd(), Zstd(Int8()), Zstd(TopK(0.3)), Zstd(Zstd(Float16()))]
+CODECS: list[Codec] = [
+    Int8(), Float16(), TopK(0.3), Zstd(), Zstd(Int8()), Zstd(TopK(0.3)), Zstd(Zstd(Float16())), Uniform(1), Uniform(3),
+    Uniform(4), Ans(Int8()), Ans(Uniform(3)), Zstd(Uniform(4)), PerKind(Ans(Uniform(2)), TopK(0.3)),
+]  # fmt: skip
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 steady = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -86,7 +101,14 @@ def test_no_row_depends_on_another(codec):
     before, after = crossed(codec, x), crossed(codec, y)
     for row in (0, 1, 3, 4):
         assert torch.equal(before[row], after[row])
-    if codec.name in ("int8", "float16", "top0.3"):  # compressed parts are one stream for all rows
+    if codec.name in (
+        "int8",
+        "int1",
+        "int3",
+        "int4",
+        "float16",
+        "top0.3",
+    ):  # compressed parts are one stream for all rows
         for name, part in codec.pack("activation", x).items():
             changed = codec.pack("activation", y)[name]
             assert torch.equal(part[[0, 1, 3, 4]], changed[[0, 1, 3, 4]])
@@ -219,6 +241,7 @@ HUGE = torch.zeros(1).expand(1 << 19, 1 << 19)  # 2^40 bytes on the wire, four h
 TINY = torch.zeros(4, 3)
 ROWS = {"low": torch.zeros(4), "step": torch.zeros(4)}
 LEVELS = torch.zeros(4, 3, dtype=torch.uint8)
+COIN = torch.ones(2, dtype=torch.int16)
 FORGED: dict[str, tuple[Codec, Tensor, dict[str, Tensor]]] = {
     "int8 without parts": (Int8(), TINY, {}),
     "int8 without low": (Int8(), TINY, {"levels": LEVELS, "step": torch.zeros(4)}),
@@ -246,6 +269,31 @@ FORGED: dict[str, tuple[Codec, Tensor, dict[str, Tensor]]] = {
     "zstd with other data": (Zstd(), TINY, {**squeezed(b"", 1, 4, 3), "tensor.zst": LEVELS.flatten()}),
     "zstd description empty": (Zstd(), TINY, {**squeezed(b"", 1), "tensor.as": torch.zeros(0, dtype=torch.int64)}),
     "zstd description of floats": (Zstd(), TINY, {**squeezed(b"", 1), "tensor.as": torch.tensor([1.0, 4, 3])}),
+    "int3 of another width": (Uniform(3), TINY, {"levels": LEVELS, **ROWS}),
+    "int3 with more than its levels": (
+        Uniform(3),
+        TINY,
+        {"levels": torch.full((4, 2), 255, dtype=torch.uint8), **ROWS},
+    ),
+    "int4 huge": (Uniform(4), HUGE, {"levels": LEVELS, **ROWS}),
+    "ans without words": (Ans(Uniform(1)), TINY, {"frequencies": COIN, **ROWS}),
+    "ans huge": (Ans(Uniform(1)), HUGE, {"frequencies": COIN, "words": LEVELS[:, 0], **ROWS}),
+    "ans of half a word": (Ans(Uniform(1)), TINY, {"frequencies": COIN, "words": LEVELS[0], **ROWS}),
+    "ans of words that end in 0": (Ans(Uniform(1)), TINY, {"frequencies": COIN, "words": LEVELS[:, 0], **ROWS}),
+    "ans of too many words": (Ans(Uniform(1)), TINY, {"frequencies": COIN, "words": LEVELS.flatten() + 1, **ROWS}),
+    "ans of another table": (Ans(Uniform(2)), TINY, {"frequencies": COIN, "words": LEVELS[:, 0] + 1, **ROWS}),
+    "ans of no frequency": (Ans(Uniform(1)), TINY, {"frequencies": COIN * 0, "words": LEVELS[:, 0] + 1, **ROWS}),
+    "ans of negative frequencies": (Ans(Uniform(1)), TINY, {"frequencies": -COIN, "words": LEVELS[:, 0] + 1, **ROWS}),
+    "palette without values": (Palette(1), TINY, {"levels": LEVELS[:, :1]}),
+    "palette of too few values": (Palette(1), TINY, {"levels": LEVELS[:, :1] + 1, "values": torch.zeros(1)}),
+    "palette of another type": (Palette(1), TINY, {"levels": LEVELS[:, :1], "values": torch.zeros(2).double()}),
+    "random k of another width": (RandomK(0.5), TINY, {"values": torch.zeros(4, 1), "count": torch.tensor([0])}),
+    "random k without count": (RandomK(0.5), TINY, {"values": torch.zeros(4, 2)}),
+    "random k huge": (RandomK(1e-9), HUGE, {"values": torch.zeros(4, 2), "count": torch.tensor([0])}),
+    "per kind of no codec": (PerKind(Int8()), TINY, {"1.levels": LEVELS}),
+    "per kind of two codecs": (PerKind(Int8(), Float16()), TINY, {"0.levels": LEVELS, "1.levels": LEVELS}),
+    "per kind of no number": (PerKind(Int8()), TINY, {"levels": LEVELS}),
+    "per kind without parts": (PerKind(Int8()), TINY, {}),
     "zstd truth": (Zstd(), TINY, squeezed(b"\2" * 12, 9, 4, 3)),
 }
 
@@ -288,7 +336,11 @@ def test_error_feedback_by_hand():
     assert codec.state_dict()["update/w"].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("inner", [TopK(0.1), Int8(), Float16(), Zstd(Int8())], ids=lambda codec: codec.name)
+@pytest.mark.parametrize(
+    "inner",
+    [TopK(0.1), RandomK(0.1), Int8(), Uniform(2), Float16(), Zstd(Int8()), Ans(Int8())],
+    ids=lambda codec: codec.name,
+)
 def test_what_was_sent_and_what_is_left_make_up_what_was_wanted(inner):
     codec = ErrorFeedback(inner)
     wanted = [{"a": torch.randn(4, 5).double(), "b": torch.randn(7).double()} for _ in range(20)]
@@ -344,3 +396,138 @@ def test_a_view_holds_what_the_server_computed_on_and_no_more(codec):
     assert torch.equal(recorded, seen[0])
     assert torch.equal(recorded, crossed(codec, held))
     assert not torch.equal(recorded, held)
+
+
+@steady
+@given(matrices, st.integers(1, 8))
+def test_uniform_is_within_half_a_level_of_its_bits(rows, bits):
+    x = torch.tensor(rows, dtype=torch.float64)
+    error = (crossed(Uniform(bits), x) - x).abs()
+    reach = (x.amax(1) - x.amin(1))[:, None]
+    roundings = 8 * torch.finfo(x.dtype).eps * x.abs().amax(1)[:, None] + 256 * torch.finfo(x.dtype).tiny
+    assert (error <= reach / (2 * (2**bits - 1)) + roundings).all()
+
+
+def test_uniform_by_hand():
+    x = torch.tensor([[0.0, 1.0, 1.6, 3.0, 3.0]])
+    parts = Uniform(2).pack("activation", x)
+    assert parts["levels"].tolist() == [[0b11_10_01_00, 0b11]]  # 0, 1, 2, 3 and 3, the first in the lowest bits
+    assert crossed(Uniform(2), x).tolist() == [[0, 1, 2, 3, 3]]
+    assert crossed(Uniform(1), x).tolist() == [[0, 0, 3, 3, 3]]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_levels_take_their_bits_and_no_more(bits):
+    x = torch.randn(16, 1000)
+    parts = Uniform(bits).pack("activation", x)
+    assert parts["levels"].nbytes == 16 * 125 * bits
+    assert crossed(Uniform(bits), x).unique().numel() <= 16 * 2**bits
+
+
+@pytest.mark.parametrize("bits", [0, 9, 2.0, True])
+def test_bits_are_from_1_to_8(bits):
+    for make in (Uniform, Palette):
+        with pytest.raises(ValueError, match="expected whole bits from 1 to 8, got"):
+            make(bits)
+
+
+def entropy_nbytes(levels: Tensor) -> float:
+    """The empirical entropy of the levels, all together, in bytes."""
+    shares = levels.flatten().bincount().double() / levels.numel()
+    return -(shares[shares > 0] * shares[shares > 0].log2()).sum().item() * levels.numel() / 8
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_ans_reaches_the_empirical_entropy_within_a_hundredth(bits):
+    torch.manual_seed(0)
+    z = torch.relu(nn.Conv2d(3, 32, 3)(torch.rand(16, 3, 24, 24))).detach()  # 247,808 entries
+    codec = Ans(Uniform(bits))
+    levels = Uniform(bits).to_levels("activation", z)["levels"]
+    parts = codec.pack("activation", z)
+    nbytes = parts["words"].nbytes + parts["frequencies"].nbytes
+    assert entropy_nbytes(levels) <= nbytes <= 1.01 * entropy_nbytes(levels)
+    assert torch.equal(crossed(codec, z), crossed(Uniform(bits), z))  # lossless
+
+
+@steady
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=300))
+def test_ans_returns_whatever_it_is_given(values):
+    z = torch.tensor([[0.0, 255.0, *values]])
+    assert torch.equal(crossed(Ans(Int8()), z), z)
+
+
+def test_ans_of_rare_levels_among_very_many():
+    z = torch.zeros(1, 1_000_000)
+    z[0, :255] = torch.arange(1, 256)
+    codec = Ans(Int8())
+    assert torch.equal(crossed(codec, z), z)
+    assert codec.pack("activation", z)["words"].nbytes < 1000
+
+
+def test_ans_takes_levels_alone():
+    for inner in (TopK(0.1), Zstd(Int8()), None):
+        with pytest.raises(ValueError, match="expected a codec of levels"):
+            Ans(inner)
+
+
+def test_palette_carries_few_values_exactly_and_refuses_more():
+    x = torch.tensor([[0.1, -0.7, 1e30], [0.1, 0.1, 2.5]])
+    for codec in (Palette(2), Palette(8), Ans(Palette(2))):
+        assert torch.equal(crossed(codec, x), x)
+    assert Palette(2).pack("activation", x)["levels"].nbytes == 2
+    with pytest.raises(ValueError, match="expected 'activation' of at most 2 distinct values, got 4; quantise first"):
+        crossed(Palette(1), x)
+    g = torch.randn(4, 100)
+    assert torch.equal(crossed(Palette(1), g, "gradient"), g)  # of which it packs none
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_random_k_keeps_as_many_as_it_says_anew_each_time(dtype):
+    codec, x = RandomK(0.25), torch.rand(6, 40).to(dtype) + 1
+    first, second = crossed(codec, x), crossed(codec, x)
+    for back in (first, second):
+        assert ((back != 0).sum(1) == 10).all()
+        assert torch.equal(back[back != 0], x[back != 0])
+    assert not torch.equal(first, second)
+    assert len({tuple(row) for row in (first != 0).tolist()}) == 6  # each row has places of its own
+
+
+def test_random_k_is_unbiased_where_asked_and_draws_all_places_alike():
+    x = torch.rand(2, 20) + 1
+    codec = RandomK(0.2, unbiased=True)
+    mean = torch.stack([crossed(codec, x) for _ in range(4000)]).mean(0)
+    assert torch.allclose(mean, x, rtol=0.15)  # the standard error is 2 % of the value · sqrt(.8/.2)
+    plain = RandomK(0.2)
+    kept = torch.stack([crossed(plain, x) != 0 for _ in range(4000)]).double().mean(0)
+    assert (kept - 0.2).abs().max() < 0.03  # five standard errors
+
+
+def test_random_k_depends_on_its_seed_and_resumes_from_its_state():
+    x = torch.rand(3, 50)
+    codec, other, resumed = RandomK(0.1), RandomK(0.1, seed=1), RandomK(0.1)
+    assert not torch.equal(crossed(codec, x), crossed(other, x))
+    resumed.load_state_dict(codec.state_dict())
+    assert torch.equal(crossed(codec, x), crossed(resumed, x))
+    crossed(codec, x, "gradient")  # of another kind, which the other end packs
+    assert torch.equal(crossed(codec, x), crossed(resumed, x))
+    feedback, again = ErrorFeedback(RandomK(0.1)), ErrorFeedback(RandomK(0.1))
+    crossed(feedback, x, "update/w")
+    again.load_state_dict(feedback.state_dict())
+    assert torch.equal(crossed(feedback, x, "update/w"), crossed(again, x, "update/w"))
+
+
+def test_each_kind_by_its_own_codec():
+    codec = PerKind(Palette(1), Int8())
+    z, g = torch.tensor([[0.0, 3.0, 3.0]]), torch.randn(4, 100)
+    message = Message("learn", {"activation": z, "gradient": g, "label": torch.tensor([1])})
+    back = decode(encode(message, codec), codec).tensors
+    assert torch.equal(back["activation"], z)
+    assert torch.equal(back["gradient"], crossed(Int8(), g, "gradient"))
+    assert back["label"].tolist() == [1]
+    with pytest.raises(ValueError, match="expected at least one codec"):
+        PerKind()
+    inner = RandomK(0.1)
+    stateful, resumed = PerKind(Int8(frozenset({Kind.ACTIVATION})), inner), PerKind(Int8(), RandomK(0.1))
+    crossed(stateful, g, "gradient")
+    resumed.load_state_dict(stateful.state_dict())
+    assert resumed.state_dict() == stateful.state_dict() == {"1": {"packed": {"gradient": 1}}}
