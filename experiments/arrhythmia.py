@@ -74,7 +74,13 @@ def deal(dataset: Dataset, sizes: tuple[int, int, int], seed: int) -> Splits:
     label is 1 for a ventricular ectopic beat (V), else 0. Raises ``ValueError`` where a part's patients have too few
     beats.
     """
-    whole = _by_patient(dataset, sizes, seed)
+    try:
+        whole = _by_patient(dataset, sizes, seed)
+    except ValueError as error:  # which quotes sizes in proportion to these
+        raise ValueError(
+            f"expected --private, --auxiliary and --test that whole patients of {len(dataset)} beats fill under seed "
+            f"{seed}, got {', '.join(map(str, sizes))}; ask for fewer, or try another seed"
+        ) from error
     parts = zip((whole.private, whole.auxiliary, whole.test), sizes, strict=True)
     return Splits(*(part.subset(torch.arange(size)) for part, size in parts))
 
@@ -170,7 +176,7 @@ def attack(trial: Trial, trained: Trained, splits: Splits, training: Training, s
     labels, y = Attacked(), trained.victim_y
     if READ_LABELS in trial.attacks:
         labels = case_study.labels_read(
-            trained.record, y, training, classes=CLASSES, drop_last=training.protocol not in ONE_CLIENT
+            trained.record, y, training, classes=CLASSES, drop_last=training.protocol in STUDY.drop_last
         )
     if BLIND in trial.attacks and training.protocol == "u_shaped":
         labels = case_study.labels_guessed(
@@ -192,7 +198,7 @@ def described(trial: Trial, splits: Splits) -> dict[str, Any]:
 
 
 def check(trial: Trial, splits: Splits) -> None:
-    """Refuse more hospitals than patients, batches that are no batch, and more targets than the first has beats."""
+    """Refuse more hospitals than patients, batches that are no batch, and too few beats to attack, or to do so with."""
     training = trial.training
     held = hospitals(training, splits)
     fewest, most = min(map(len, held)), len(held[0])
@@ -201,14 +207,17 @@ def check(trial: Trial, splits: Splits) -> None:
             f"expected --batch-size of at most {fewest}, the beats of the smallest hospital under seed "
             f"{training.seed}, got {training.batch_size}; or ask for fewer --clients"
         )
-    if STUDY.protocols[training.protocol] and not 1 <= trial.targets <= most:
+    if not STUDY.protocols[training.protocol]:
+        return
+    if not 1 <= trial.targets <= most:
         raise ValueError(
             f"expected --targets between 1 and {most}, the beats of the first hospital under seed {training.seed}, got "
             f"{trial.targets}"
         )
+    case_study.check_own([name for name in trial.attacks if name in ATTACKS], splits)
 
 
-def notes(splits: Splits) -> list[str]:
+def notes(trial: Trial, splits: Splits) -> list[str]:
     """Return how many patients each part has."""
     patients = [len(part.groups.unique()) for part in (splits.private, splits.auxiliary, splits.test)]  # type: ignore[union-attr]
     return [
@@ -234,6 +243,7 @@ STUDY = Study(
     check=check,
     notes=notes,
     beside=known_patients,
+    drop_last=("fedavg", "vanilla", "splitfed_v2"),
 )  # fmt: skip
 
 

@@ -31,10 +31,11 @@ from splitlearn.threat import Grants, Threat, observe
 from splitlearn.train import Batches, evaluate
 from splitlearn.wire import Recorded
 
-__all__ = ["READ_LABELS", "Config", "Study", "Trial", "dealt", "joined", "labels_guessed", "labels_read", "run_trial",
-           "tasks"]  # fmt: skip
+__all__ = ["READ_LABELS", "Config", "Study", "Trial", "check_guessed", "check_own", "dealt", "joined", "labels_guessed",
+           "labels_read", "run_trial", "tasks"]  # fmt: skip
 
 LEAST = 4  # samples in a batch, of which there is a distance correlation
+OWN = 16  # samples of the attacker's own, without which nothing can be learned
 READ_LABELS = "read_labels"
 TRAINING = ("learn", "forward", "backward")  # verbs of a training step
 
@@ -78,11 +79,12 @@ class Study:
     """A setting. ``data`` are the sets that it is about, the usual one first; all mappings are by name.
 
     ``protocols`` says of each whether anything crosses that a protection can change; --clients is of those that are not
-    ``alone``. ``deal(dataset, sizes, seed)`` parts the rows. ``train(trial, splits)`` returns what was trained, and a
-    function that attacks it. ``described(trial, splits)`` are the attacks' settings, ``check(trial, splits)`` raises
-    for what cannot be, ``notes(splits)`` are what must be known to read the figures, ``epsilon(trial, splits)`` is what
-    the arm's protection proves (δ = 0), None where nothing. ``beside(dataset, sizes, seed)`` are further test samples,
-    by what the metrics on them are called after.
+    ``alone``, and in those of ``drop_last`` a short last batch is left out. ``deal(dataset, sizes, seed)`` parts the
+    rows. ``train(trial, splits)`` returns what was trained, and a function that attacks it. ``described(trial,
+    splits)`` are the attacks' settings, ``check(trial, splits)`` raises for what cannot be, ``notes(trial, splits)``
+    are what must be known to read the figures, ``epsilon(trial, splits)`` is what the arm's protection proves (δ = 0),
+    None where nothing. ``beside(dataset, sizes, seed)`` are further test samples, by what the metrics on them are
+    called after.
     """
 
     name: str
@@ -95,9 +97,10 @@ class Study:
     train: Callable[[Trial, Splits], tuple[Trained, Callable[[], Attacked]]]
     described: Callable[[Trial, Splits], dict[str, Any]]
     check: Callable[[Trial, Splits], None]
-    notes: Callable[[Splits], list[str]]
+    notes: Callable[[Trial, Splits], list[str]]
     epsilon: Callable[[Trial, Splits], float | None] = lambda *_: None
     beside: Callable[[Dataset, tuple[int, int, int], int], dict[str, Dataset]] = lambda *_: {}
+    drop_last: tuple[str, ...] = ()
 
 
 def tasks(study: Study, config: Config, options: Options, call: Callable[[Trial, Path | None], Outcome]) -> list[Task]:
@@ -124,12 +127,8 @@ def tasks(study: Study, config: Config, options: Options, call: Callable[[Trial,
         raise ValueError(f"expected --private, --auxiliary and --test of 1 or more, got {', '.join(map(str, sizes))}")
     if config.batch_size < 1:
         raise ValueError(f"expected --batch-size of 1 or more, got {config.batch_size}")
-    last = config.private % config.batch_size or config.batch_size
-    if last < LEAST and any(name == "nopeek" for name, _ in protections):
-        raise ValueError(
-            f"expected batches of {LEAST} samples or more for nopeek, the last one too, got {last}; change "
-            "--batch-size or --private"
-        )
+    if any(name == "nopeek" for name, _ in protections):
+        _check_batches(study, config)
     device = device_of(options.device)
     dataset = load(data, data_dir=options.data_dir)
     found = []
@@ -172,7 +171,7 @@ def run_trial(study: Study, trial: Trial, data_dir: Path | None) -> Outcome:
         utility |= {f"{metric}_{name}": value for metric, value in evaluate(trained.chain, part.x, part.y).items()}
     seconds["evaluate"] = time.perf_counter() - begun
     attacked = attack()
-    notes = [f"loss of the last epoch: {trained.losses[-1]:.4f}", *_commonest(splits), *study.notes(splits)]
+    notes = [f"loss of the last epoch: {trained.losses[-1]:.4f}", *_commonest(splits), *study.notes(trial, splits)]
     if unit := study.protections[trial.protection].unit:
         notes.append(f"strength: {unit}")
     if not attacked.leakage and trial.attacks:
@@ -295,6 +294,44 @@ def labels_guessed(
     finally:
         record.clear(keep=whole)
     return found
+
+
+def check_own(names: Sequence[str], splits: Splits) -> None:
+    """Refuse too few samples of the attacker's own for one of these attacks, which all learn from them."""
+    if names and len(splits.auxiliary) < OWN:
+        raise ValueError(
+            f"expected --auxiliary of {OWN} or more for {names[0]}, got {len(splits.auxiliary)}; ask for more"
+        )
+
+
+def check_guessed(names: Sequence[str], y: Tensor, training: Training) -> None:
+    """Refuse labels [N] on which one of these attacks could not be scored: no batch has both, the known ones apart."""
+    rows = _orders(len(y), training)[-1]
+    sent = y.cpu()[torch.cat(rows)]
+    for name in names:
+        counted, hints = torch.ones(len(sent), dtype=torch.bool), LABEL_ATTACKS[name].hinted
+        for label in sent.unique():
+            counted[(sent == label).nonzero()[:hints, 0]] = False
+        sizes = [len(one) for one in rows]
+        batches = zip(sent.split(sizes), counted.split(sizes), strict=True)
+        if not any(len(labels[some].unique()) > 1 for labels, some in batches):
+            raise ValueError(
+                f"expected a batch with both labels for {name}, beside {hints} of each that it knows, got "
+                f"{torch.bincount(sent, minlength=2).tolist()} private samples of 0 and 1 in batches of "
+                f"{training.batch_size}; raise --private or --batch-size"
+            )
+
+
+def _check_batches(study: Study, config: Config) -> None:
+    """Refuse batches of which there is no distance correlation, in the protocols that a protection can change."""
+    for protocol in config.protocols:
+        short = 0 if protocol in study.drop_last else config.private % config.batch_size
+        least = short or config.batch_size
+        if study.protocols[protocol] and least < LEAST:
+            raise ValueError(
+                f"expected batches of {LEAST} samples or more for nopeek under {protocol}, the last one too, got "
+                f"{least}; change --batch-size or --private"
+            )
 
 
 def _orders(count: int, training: Training, *, drop_last: bool = False) -> list[list[Tensor]]:

@@ -3,12 +3,11 @@
 Class-incremental: a task is a few classes, and whoever predicts is not told of which task a sample is. Methods begin
 from the same model and see each task for as many epochs, but for ``joint``, which sees all earlier tasks again: an
 upper bound. Methods compare within a protocol: FedAvg makes several passes a round, and its memories are small. What
-was never learned is not forgotten either: read forgetting beside accuracy.
+was never learned is not forgotten either: read forgetting beside accuracy_learned, that on each task right after it.
 """
 
 import copy
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from experiments.experiment import Experiment, Options, reproduction
 from experiments.names import at_strengths, find, spec_of
 from experiments.runner import Outcome, Task
 from experiments.setups import counted, over_wires
+from experiments.skewed import judged_by
 from experiments.training import (
     Training,
     build_model,
@@ -32,7 +32,7 @@ from experiments.training import (
     sizes_of,
     warm_up,
 )
-from experiments.unlike import Epochs, accuracy
+from experiments.unlike import Epochs, accuracy, advance, timed
 from splitlearn.cut import cut
 from splitlearn.data import DATASETS, Dataset, Splits, partition
 from splitlearn.federation import apart_round, fedavg_round
@@ -119,10 +119,6 @@ class Trial:
         found |= {"local_epochs": self.local_epochs} if self.training.protocol == "fedavg" else {}
         return found | ({"fisher": self.fisher} if self.method == "ewc" else {})
 
-    def judged(self, splits: Splits) -> Dataset:
-        """Return the samples that models are judged on."""
-        return splits.test if self.judged_on == "test" else splits.auxiliary
-
 
 def tasks(config: Config, options: Options) -> list[Task]:
     """Return one task for each protocol, method, strength and seed; every name and number is checked first."""
@@ -156,6 +152,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
                     config.fisher, config.judged_on,
                 )  # fmt: skip
                 _shares(trial, splits)  # too few samples or tasks are told now
+                _judged(trial, splits)
                 alone = replace(config, protocols=(protocol,), methods=(spec_of(method, strength),))
                 command = reproduction("continual", alone, data=options.data, device=device, seed=seed)
                 labels = {
@@ -185,26 +182,25 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     """Train on one task after the other, and return what is known of each at the end, and what was before."""
     warm_up()
     splits = load_splits(trial.data, data_dir, sizes=trial.sizes)
-    judged, device = trial.judged(splits), trial.training.device
-    tests = [(x.to(device), y.to(device)) for x, y in _by_task(judged.x, judged.y, trial, splits)]
-    start = time.perf_counter()
+    device = trial.training.device
+    tests = [(x.to(device), y.to(device)) for x, y in _judged(trial, splits)]
     train = _train_vanilla if trial.training.protocol == "vanilla" else _train_fedavg
     found = train(trial, splits, lambda chain: [accuracy(chain, *one) for one in tests])
-    seconds = {"train": time.perf_counter() - start}
     outcome = forgetting(found.table)
     rows = "; ".join(" ".join(f"{value:.3f}" for value in row) for row in found.table)
     notes = [
         f"{len(tests)} tasks of {trial.classes_per_task} classes, one head; accuracy is the mean over tasks at the end",
         f"after each task, on the tasks in their order: {rows}",
     ]
+    notes += [found.stopped] if found.stopped else []
     if trial.method == "ewc":
         notes.append(f"of the bytes {found.fisher_nbytes} are for Fisher information, a step a sample")
     return Outcome(
         utility={
-            "accuracy": outcome.accuracy, "forgetting": outcome.forgetting,
+            "accuracy": outcome.accuracy, "accuracy_learned": outcome.learned, "forgetting": outcome.forgetting,
             "backward_transfer": outcome.backward_transfer,
         },
-        nbytes=counted(found.meters), seconds=seconds, visible=found.visible,
+        nbytes=counted(found.meters), seconds=found.seconds, visible=found.visible,
         traces={f"accuracy on task {n + 1}": [row[n] for row in found.table] for n in range(len(tests))}, notes=notes,
     )  # fmt: skip
 
@@ -213,13 +209,31 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
 class Taught:
     """What training ended in: ``table[i][j]`` is the accuracy on task j after task i, and what crossed."""
 
-    table: list[list[float]]
     meters: list[Metered]
     visible: dict[str, list[str]]
+    table: list[list[float]] = field(default_factory=list)
     fisher_nbytes: int = 0
+    stopped: str = ""  # why it ended early: it diverged
+    seconds: dict[str, float] = field(default_factory=dict)  # of training, and of evaluation in between
 
 
 Look = Callable[[Sequence[Predictor]], list[float]]  # the accuracy on each task
+Lesson = Iterable[Callable[[], object]]  # a task's steps: its rounds, and what is kept of it after them
+
+
+def _teach(
+    found: Taught, lessons: Sequence[Lesson], chain: Sequence[Learner], shares: Sequence[list[Samples]], look: Look
+) -> Taught:
+    """Go through all lessons, and look at all tasks after each; once a step diverges nothing more is learned."""
+    for number, lesson in enumerate(lessons):
+        samples = torch.cat([own[number][0] for own in shares])
+        for place, step in enumerate(() if found.stopped else lesson):
+            if said := advance(step, [chain], [samples], found.seconds):
+                found.stopped = f"stopped in task {number + 1}, the model is that after {place} rounds of it: {said}"
+                break
+        with timed(found.seconds, "evaluate"):
+            found.table.append(look(chain))
+    return found
 
 
 def _train_vanilla(trial: Trial, splits: Splits, look: Look) -> Taught:
@@ -230,25 +244,29 @@ def _train_vanilla(trial: Trial, splits: Splits, look: Look) -> Taught:
     far = Remote("server", Framed(meter), "server")
     member = Member(client, far, [])
     held = _held(trial, [client, server])
-    (shares,) = _shares(trial, splits)
+    shares = _shares(trial, splits)
+    (own,) = shares
     memory = _memory(trial, 0)
     seen = ["the activation of every sample in training", "the labels", "the loss"]
-    found = Taught([], [meter], {"server": seen, "client": ["gradients at the cut", "the loss"]})
-    for number, (x, y) in enumerate(shares):
-        member.batches = batches = _batches(trial, shares, memory, 0, number)
-        for _ in range(trial.training.epochs):
-            apart_round([member])
-        found.table.append(look([client, server]))
+    found = Taught([meter], {"server": seen, "client": ["gradients at the cut", "the loss"]})
+
+    def lesson(number: int) -> Iterator[Callable[[], object]]:
+        member.batches = batches = _batches(trial, own, memory, 0, number)
+        yield from [partial(apart_round, [member])] * trial.training.epochs
+        yield partial(keep, batches, number)
+
+    def keep(batches: Batches | Replayed, number: int) -> None:
         if isinstance(batches, Replayed):
             batches.remember()
-        if held and number < len(shares) - 1:
+        if held and number < len(own) - 1:
             before = meter.total_nbytes
-            some = slice(trial.fisher)
-            information = fisher([client, server], partial(vanilla, client, far), x[some], y[some])
-            for own, one in zip(held, information, strict=True):
-                own.consolidate(one)
+            x, y = (part[: trial.fisher] for part in own[number])
+            information = fisher([client, server], partial(vanilla, client, far), x, y)
+            for elastic, one in zip(held, information, strict=True):
+                elastic.consolidate(one)
             found.fisher_nbytes += meter.total_nbytes - before
-    return found
+
+    return _teach(found, [lesson(number) for number in range(len(own))], [client, server], shares, look)
 
 
 def _train_fedavg(trial: Trial, splits: Splits, look: Look) -> Taught:
@@ -261,14 +279,16 @@ def _train_fedavg(trial: Trial, splits: Splits, look: Look) -> Taught:
     memories = [_memory(trial, n) for n in range(len(shares))]
     remote, meters = over_wires(members)
     seen = {"fed server": ["every client's weights after every round", "how many samples each client has"]}
-    found = Taught([], meters, {**seen, "client": ["its own samples and the model that it is given"]})
-    for number in range(len(shares[0])):
+    found = Taught(meters, {**seen, "client": ["its own samples and the model that it is given"]})
+
+    def lesson(number: int) -> Iterator[Callable[[], object]]:
         batches = [_batches(trial, shares[n], memories[n], n, number) for n in range(len(shares))]
         for member, own in zip(members, batches, strict=True):
             member.batches = Epochs(own, trial.local_epochs)
-        for _ in range(trial.training.epochs):
-            fedavg_round(remote, everywhere)
-        found.table.append(look([everywhere]))
+        yield from [partial(fedavg_round, remote, everywhere)] * trial.training.epochs
+        yield partial(keep, batches, number)
+
+    def keep(batches: Sequence[Batches | Replayed], number: int) -> None:
         for own in batches:
             if isinstance(own, Replayed):
                 own.remember()
@@ -277,7 +297,8 @@ def _train_fedavg(trial: Trial, splits: Splits, look: Look) -> Taught:
                 member.begin(everywhere.weights())
                 x, y = (part[: trial.fisher] for part in parts[number])
                 elastic.consolidate(fisher([member.learner], member.learner.learn, x, y)[0])
-    return found
+
+    return _teach(found, [lesson(number) for number in range(len(shares[0]))], [everywhere], shares, look)
 
 
 def _learner(name: str, stage: nn.Module, trial: Trial, number: int) -> Learner:
@@ -313,25 +334,36 @@ def _shares(trial: Trial, splits: Splits) -> list[list[Samples]]:
     """Return each client's samples, by task; ``ValueError`` where there are too few for all, or but one task."""
     clients, seed = trial.training.clients, trial.training.seed
     found: list[list[Samples]] = [[] for _ in range(clients)]
-    for x, y in _by_task(splits.private.x, splits.private.y, trial, splits):
+    for x, y in _by_task(splits.private, trial, "raise --private or --classes-per-task"):
+        if len(x) < clients:
+            raise ValueError(
+                f"expected a sample or more of every task for each of {clients} clients, got {len(x)} of one for all "
+                "of them; raise --private, or lower --clients"
+            )
         for own, rows in zip(found, partition.iid(len(x), clients, seed), strict=True):
             own.append((x[rows], y[rows]))
     return found
 
 
-def _by_task(x: Tensor, y: Tensor, trial: Trial, splits: Splits) -> list[Samples]:
-    """Return the samples of each task, classes in their order."""
-    classes, width = splits.private.num_classes, trial.classes_per_task
+def _judged(trial: Trial, splits: Splits) -> list[Samples]:
+    """Return the samples that models are judged on, by task."""
+    other = "auxiliary" if trial.judged_on == "test" else "test"
+    return _by_task(judged_by(trial.judged_on, splits), trial, f"raise --classes-per-task, or use --judged-on {other}")
+
+
+def _by_task(samples: Dataset, trial: Trial, remedy: str) -> list[Samples]:
+    """Return the samples of each task, classes in their order; ``remedy`` is told where a task has none."""
+    classes, width = samples.num_classes, trial.classes_per_task
     if not 1 <= width <= classes // 2 or classes % width:
         raise ValueError(
             f"expected --classes-per-task that divides {classes} classes into 2 tasks or more, got {width}"
         )
     found = []
     for first in range(0, classes, width):
-        rows = torch.nonzero((y >= first) & (y < first + width)).flatten()
+        rows = torch.nonzero((samples.y >= first) & (samples.y < first + width)).flatten()
         if not len(rows):
-            raise ValueError(f"expected samples of classes {first} to {first + width - 1}, got none; raise --private")
-        found.append((x[rows], y[rows]))
+            raise ValueError(f"expected samples of classes {first} to {first + width - 1}, got none; {remedy}")
+        found.append((samples.x[rows], samples.y[rows]))
     return found
 
 

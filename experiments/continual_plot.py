@@ -69,12 +69,9 @@ def _panel(axes: Axes, point: Point, setting: Setting) -> None:
         axes.plot(steps, mean, linewidth=1.6, markersize=5, color=colour, marker=marker, label=f"task {task + 1}")
         for values in seeds:
             axes.scatter(steps, values, s=9, alpha=0.5, linewidths=0, color=colour, marker=marker)
-    accuracy, forgotten = point.utility("accuracy"), point.utility("forgetting")
-    figures = [
-        f"{name} {number(found.mean)}"
-        for name, found in (("accuracy", accuracy), ("forgetting", forgotten))
-        if found is not None
-    ]
+    metrics = {"accuracy": "accuracy", "learned": "accuracy_learned", "forgetting": "forgetting"}
+    told = {name: point.utility(metric) for name, metric in metrics.items()}
+    figures = [f"{name} {number(found.mean)}" for name, found in told.items() if found is not None]
     name = point.name if point.protected else f"naive{f' ({point.variant})' if point.variant else ''}"
     title = f"{name} · {setting.protocol}"
     axes.set_title(literal(f"{title}\n{', '.join(figures)}"), fontsize=9)

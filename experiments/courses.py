@@ -52,7 +52,7 @@ class Course:
 
     ``chains()`` are the parties that a prediction passes through: of one global model, or of each device's own.
     ``schedule`` says who waits for whom, ``streamed`` whether a device waits for replies. ``device`` are the stages
-    that one device trains.
+    that one device trains. ``baselines`` train, by the name of their accuracy, what a paradigm has to beat by itself.
     """
 
     round: Callable[[], object]
@@ -62,6 +62,7 @@ class Course:
     visible: dict[str, list[str]]
     streamed: bool = False
     notes: list[str] = field(default_factory=list)
+    baselines: dict[str, Callable[[], Sequence[Predictor]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -198,10 +199,12 @@ def taught_alone(fleet: Fleet) -> Course:
     lessons = Batches(x, y, batch_size=fleet.training.batch_size, seed=fleet.training.seed)
     students = _students(fleet)
     numbers = torch.arange(len(x), device=x.device)
-    orders = [
-        Batches(numbers, numbers, batch_size=fleet.training.batch_size, seed=fleet.training.seed * 1000 + place)
-        for place in range(len(students))
-    ]
+
+    def public_order(place: int) -> Batches:
+        seed = fleet.training.seed * 1000 + place
+        return Batches(numbers, numbers, batch_size=fleet.training.batch_size, seed=seed)
+
+    orders = [public_order(place) for place in range(len(students))]
     batches = fleet.batches()
 
     def one() -> None:
@@ -216,14 +219,23 @@ def taught_alone(fleet: Fleet) -> Course:
             for own_x, own_y in mine:
                 student.learn(own_x, own_y)
 
+    def public_alone() -> list[Learner]:
+        """The first student in the same public batches, of their labels alone: no teacher, no device's samples."""
+        student, order = _students(fleet)[0], public_order(0)
+        for _ in range(fleet.training.epochs):
+            for rows, _ in order:
+                student.learn(x[rows], y[rows])
+        return [student]
+
     visible = {"server": ["nothing of a device's"], "device": ["the teacher's answers on public samples"]}
     notes = [
         f"{len(x)} public samples with labels, from which no other paradigm learns, are on every device and in the "
-        "cloud, and are not counted in bytes"
+        "cloud, and are not counted in bytes",
+        "accuracy_public_alone: a student that has as many steps on these labels, no teacher and no device's samples",
     ]
     return Course(
         one, lambda: [[student] for student in students], "at once", [students[0].stage], visible, streamed=True,
-        notes=notes
+        notes=notes, baselines={"accuracy_public_alone": public_alone},
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ FedAvg, and --mu (0.01, of 0.01, 0.1 and 1) were chosen on the auxiliary samples
 result: ``splitlearn run non_iid --judged-on auxiliary --seeds 10 --lr RATE``.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.names import find
 from experiments.runner import Outcome, Task
-from experiments.skewed import KINDS, Share, Skew, shares_of, skew_of
+from experiments.skewed import KINDS, Share, Skew, judged_by, shares_of, skew_of
 from experiments.training import (
     Training,
     build_model,
@@ -29,9 +28,9 @@ from experiments.training import (
     sizes_of,
     warm_up,
 )
-from experiments.unlike import METHODS, Federation, Plan, accuracy
+from experiments.unlike import METHODS, Federation, Plan, accuracy, timed
 from splitlearn.cut import layer_names
-from splitlearn.data import DATASETS, Dataset, Splits
+from splitlearn.data import DATASETS
 
 __all__ = ["NON_IID", "Config", "Trial", "run_trial", "tasks"]
 
@@ -59,7 +58,9 @@ class Config:
     batch_size: int = field(default=16, metadata={"help": "samples in a batch"})
     lr: float = field(default=0.0, metadata={"help": "learning rate of plain SGD; 0: the method's usual one"})
     mu: float = field(default=0.01, metadata={"help": "of FedProx: how strongly members are held near a round's start"})
-    tune_epochs: int = field(default=5, metadata={"help": "epochs of fedavg_tuned at home, after all rounds"})
+    tune_epochs: int = field(
+        default=5, metadata={"help": "epochs at home after all rounds: local, fedper, fedavg_tuned"}
+    )
     cut: str = field(default="default", metadata={"help": "last layer below the cut of SplitFed"})
     cuts: tuple[str, ...] = field(
         default=("depths",), metadata={"help": "of unlike_cuts, members in turn: names, default, first, depths"}
@@ -96,10 +97,6 @@ class Trial:
             **{name: list(value) if isinstance(value, tuple) else value for name, value in self.own.items()},
         }  # fmt: skip
 
-    def judged(self, splits: Splits) -> Dataset:
-        """Return the samples that models are judged on."""
-        return splits.test if self.judged_on == "test" else splits.auxiliary
-
 
 def tasks(config: Config, options: Options) -> list[Task]:
     """Return one task for each method, skew and seed; every name and number is checked first."""
@@ -113,9 +110,10 @@ def tasks(config: Config, options: Options) -> list[Task]:
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
     if splits.private.kind == "tokens" and any(skew.kind == "feature" for skew in skews):
         raise ValueError(f"expected inputs that take noise for a feature skew, got {options.data}, which holds tokens")
+    judged = judged_by(config.judged_on, splits)
     for skew in skews:
         for seed in options.seeds:
-            shares_of(skew, splits.private, splits.test, config.clients, seed)  # too few samples are told now
+            shares_of(skew, splits.private, judged, config.clients, seed)  # too few samples are told now
     (place,) = places((config.cut,), splits)
     layers = layer_names(build_model(splits, seed=0))
     shared = layers[-1] if config.shared == "default" else config.shared
@@ -175,28 +173,25 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     """Train by one method, and return how accurate the global model and the members' own are."""
     warm_up()
     splits = load_splits(trial.data, data_dir, sizes=trial.sizes)
-    judged, training = trial.judged(splits), trial.training
+    judged, training = judged_by(trial.judged_on, splits), trial.training
     shares = shares_of(trial.skew, splits.private, judged, training.clients, training.seed)
     device = training.device
     model = build_model(splits, seed=training.seed).to(device)
     plan = Plan(training, model, local_epochs=trial.local_epochs, absent=trial.absent, **trial.own)
     x, y = judged.x.to(device), judged.y.to(device)
-    start = time.perf_counter()
     done = METHODS[trial.method].train(plan, shares, lambda chain: accuracy(chain, x, y))
-    seconds = {"train": time.perf_counter() - start}
-    start = time.perf_counter()
-    personal = [
-        accuracy(chain, share.judged_x.to(device), share.judged_y.to(device))
-        for chain, share in zip(done.own, shares, strict=True)
-    ]
-    worth = {"accuracy": accuracy(done.everywhere, x, y)} if done.everywhere is not None else {}
+    with timed(done.seconds, "evaluate"):
+        personal = [
+            accuracy(chain, share.judged_x.to(device), share.judged_y.to(device))
+            for chain, share in zip(done.own, shares, strict=True)
+        ]
+        worth = {"accuracy": accuracy(done.everywhere, x, y)} if done.everywhere is not None else {}
     worth["accuracy_personal"] = sum(personal) / len(personal)
-    seconds["evaluate"] = time.perf_counter() - start
     traces = {"accuracy of each member": personal}
     if done.everywhere is not None:
         traces["accuracy after each round"] = done.accuracy
     return Outcome(
-        utility=worth, nbytes=done.nbytes, seconds=seconds, visible=done.visible, traces=traces,
+        utility=worth, nbytes=done.nbytes, seconds=done.seconds, visible=done.visible, traces=traces,
         notes=_notes(trial, shares, done),
     )  # fmt: skip
 
@@ -207,9 +202,9 @@ def _notes(trial: Trial, shares: Sequence[Share], done: Federation) -> list[str]
     notes = [
         f"skew {trial.skew}: {KINDS[trial.skew.kind]}; here {min(amounts)} to {max(amounts)} samples and "
         f"{min(classes)} to {max(classes)} classes a member",
-        "accuracy_personal: mean over members, each on a test split of its own class mix and device",
+        f"accuracy_personal: mean over members, each on {trial.judged_on} samples of its own class mix and device",
     ]
-    notes += [done.stopped] if done.stopped else []
+    notes += done.stopped
     if done.everywhere is None:
         notes.append("no global model: members' own alone are judged")
     if trial.method == "fedavg_tuned":

@@ -24,7 +24,7 @@ LOOKS = {  # colour, marker, and how far below its method's line
     "accuracy_personal": (COLOURS[1], "s", 0.16),
 }
 NAMES = {
-    "accuracy": "the global model, on the test set",
+    "accuracy": "the global model, on the samples of all",
     "accuracy_personal": "members, each on a split of its own kind",
 }
 

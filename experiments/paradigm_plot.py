@@ -122,6 +122,7 @@ def paradigm_table(points: Sequence[Point], *, brief: bool = False) -> Table | N
             "the model": paradigm.partitioning,
             "leaves a device": paradigm.leaves,
             "accuracy": show(point.utility("accuracy"), number),
+            "public labels alone": show(point.utility("accuracy_public_alone"), number),
             "unlike devices": show(point.utility("accuracy_non_iid"), number),
             "messages": _mean(point.utility("messages"), lambda value: f"{value:.0f}"),
             "bytes": _mean(point.nbytes(), count),

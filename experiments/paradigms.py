@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from attacks.gradients import InvertingGradients, seen_updates
+from experiments.bad_members import answers
 from experiments.courses import PARADIGMS, RATES, Course
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.fleet import Fleet, network_seconds
@@ -43,7 +44,7 @@ from splitlearn.metrics import accuracy_advantage
 from splitlearn.network import PROFILES
 from splitlearn.party import Learner
 from splitlearn.threat import Encoder, Threat, observe
-from splitlearn.train import predict
+from splitlearn.train import Predictor, predict
 
 __all__ = ["COMPARISON", "Config"]
 
@@ -109,7 +110,13 @@ def tasks(config: Config, options: Options) -> list[Task]:
     cut(build_model(splits, seed=0), place)
     device = device_of(options.device)
     for seed in options.seeds:  # too few samples are told now
-        partition.dirichlet(splits.private.y, config.clients, config.alpha, seed, min_rows=2)
+        try:
+            partition.dirichlet(splits.private.y, config.clients, config.alpha, seed, min_rows=2)
+        except ValueError as error:
+            raise ValueError(
+                f"expected 2 samples or more for each of {config.clients} clients, got {len(splits.private)} for all "
+                f"of them, dealt at --alpha {config.alpha:g}; raise --private or --alpha, or lower --clients"
+            ) from error
     found = []
     for name in config.paradigms:
         for seed in options.seeds:
@@ -161,6 +168,9 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     traces["accuracy_non_iid"] = _train(unlike, other, splits, trial.training.epochs)
     seconds["train_non_iid"] = time.perf_counter() - begun
     utility["accuracy_non_iid"], utility["accuracy_non_iid_lowest"] = _accuracy(other, splits)
+    begun = time.perf_counter()
+    utility |= {name: _right(train(), splits) for name, train in course.baselines.items()}
+    seconds |= {"train_baselines": time.perf_counter() - begun} if course.baselines else {}
     if trial.training.epochs % 5:
         traces["accuracy_non_iid"].append(utility["accuracy_non_iid"])
     return Outcome(
@@ -194,9 +204,14 @@ def _forget(fleet: Fleet) -> None:
 
 def _accuracy(course: Course, splits: Splits) -> tuple[float, float]:
     """Return the mean accuracy of the model, or of all devices' models, and the lowest of these."""
-    x, y = splits.test.x, splits.test.y
-    found = [(predict(chain, x).argmax(1).cpu() == y.cpu()).double().mean().item() for chain in course.chains()]
+    found = [_right(chain, splits) for chain in course.chains()]
     return sum(found) / len(found), min(found)
+
+
+def _right(chain: Sequence[Predictor], splits: Splits) -> float:
+    """Return a model's accuracy; what is not finite answers no class."""
+    x, y = splits.test.x, splits.test.y
+    return (answers(predict(chain, x)).cpu() == y.cpu()).double().mean().item()
 
 
 def _waited(fleet: Fleet, course: Course, network: str, seed: int) -> float:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from splitlearn.data import Dataset, partition
+from splitlearn.data import Dataset, Splits, partition
 from splitlearn.data.skew import device_noise, quantities
 
-__all__ = ["KINDS", "Share", "Skew", "shares_of", "skew_of"]
+__all__ = ["KINDS", "Share", "Skew", "judged_by", "shares_of", "skew_of"]
 
 KINDS = {
     "iid": "members are alike",
@@ -18,7 +18,7 @@ KINDS = {
     "feature": "devices add noise, the last member's of this variance, the first's nearly none",
 }
 LEAST_ROWS = 2  # of a member
-JUDGED_ON = 200  # samples of each member's own test split
+JUDGED_ON = 200  # samples, drawn for each member
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Skew:
 
 @dataclass(frozen=True)
 class Share:
-    """One member's samples, and the test split that its own model is judged on."""
+    """One member's samples, and those that its own model is judged on."""
 
     x: Tensor
     y: Tensor
@@ -56,15 +56,31 @@ def skew_of(spec: str) -> Skew:
     return Skew(kind, level)
 
 
+def judged_by(part: str, splits: Splits) -> Dataset:
+    """Return the samples that models are judged on: ``test``, or ``auxiliary``."""
+    return splits.test if part == "test" else splits.auxiliary
+
+
 def shares_of(skew: Skew, private: Dataset, judged: Dataset, clients: int, seed: int) -> list[Share]:
     """Return each member's share of the private samples, and what it is judged on; fixed by the seed.
 
-    A member's own test split has 200 samples of ``judged``: a class is drawn with that class's share of the member's
+    A member is judged on 200 samples of ``judged``: a class is drawn with that class's share of the member's
     training samples, then one of its samples, with replacement; under a feature skew its device's noise is on them,
-    drawn afresh. It depends on skew, seed and member alone, so that all methods have the same.
+    drawn afresh. They depend on skew, seed and member alone, so that all methods have the same.
     """
+    if LEAST_ROWS * clients > len(private):
+        raise ValueError(
+            f"expected {LEAST_ROWS} samples or more for each of {clients} clients, got {len(private)} for all of them; "
+            "raise --private, or lower --clients"
+        )
     if skew.kind == "label":
-        rows = partition.dirichlet(private.y, clients, skew.level, seed, min_rows=LEAST_ROWS)
+        try:
+            rows = partition.dirichlet(private.y, clients, skew.level, seed, min_rows=LEAST_ROWS)
+        except ValueError as error:
+            raise ValueError(
+                f"expected a skew that leaves {LEAST_ROWS} samples or more to each of {clients} clients, got {skew}, "
+                f"which leaves too few in every draw of seed {seed}; raise its level or --private, or lower --clients"
+            ) from error
     elif skew.kind == "quantity":
         rows = quantities(len(private), clients, skew.level, seed, min_rows=LEAST_ROWS)
     else:
@@ -77,7 +93,10 @@ def shares_of(skew: Skew, private: Dataset, judged: Dataset, clients: int, seed:
         mix = torch.bincount(y, minlength=private.num_classes).double()
         mix *= torch.tensor([len(some) > 0 for some in of_class])  # a class that nobody can be judged on
         if not bool(mix.any()):
-            raise ValueError(f"expected test samples of a class that client {number} has, got none; raise --clients")
+            raise ValueError(
+                f"expected samples to judge client {number} on, of a class that it has, got none; raise the level of "
+                f"{skew}, or lower --clients"
+            )
         labels = torch.multinomial(mix, JUDGED_ON, replacement=True, generator=draws).tolist()
         places = torch.rand(JUDGED_ON, generator=draws, dtype=torch.float64).tolist()
         taken = torch.stack(

@@ -36,7 +36,6 @@ __all__ = ["TEXT_CLASSIFICATION", "Config", "LearnedWords", "NearestWords"]
 
 SPECIAL = 2  # tokens before the first word: padding and unknown
 CHUNK = 64  # texts asked for at once
-LEAST = 16  # texts of the attacker's own, without which nothing can be learned
 HELD_OUT = 0.1  # share of the attacker's texts on which the best epoch is chosen
 
 
@@ -212,7 +211,8 @@ def scored(name: str, tokens: Tensor, x: Tensor, auxiliary_x: Tensor) -> Leakage
     """Return the share of words [N, L] that are right at their place, beside the attacker's commonest word.
 
     Padding and unknown words do not count. ``any_place`` is the share of words that stand anywhere in the guess at
-    their text, which the order does not matter for.
+    their text, which the order does not matter for. ``nameable`` is the share of words that occur in the attacker's
+    own texts: who learns from these alone can name no others.
     """
     real = x > UNKNOWN
     commonest = int(auxiliary_x[auxiliary_x > UNKNOWN].bincount().argmax())
@@ -220,9 +220,11 @@ def scored(name: str, tokens: Tensor, x: Tensor, auxiliary_x: Tensor) -> Leakage
     blind = (x == commonest)[real].double().mean().item()
     guessed = tokens.masked_fill(x == PADDING, PADDING)
     anywhere = (x.unsqueeze(2) == guessed.unsqueeze(1)).any(2)[real].double().mean().item()
+    nameable = torch.isin(x[real], auxiliary_x).double().mean().item()
     return Leakage(
         attack=name, family="reconstruction", advantage=accuracy_advantage(right, blind),
-        metrics={"accuracy": right, "any_place": anywhere}, baselines={"accuracy_commonest_word": blind},
+        metrics={"accuracy": right, "any_place": anywhere, "nameable": nameable},
+        baselines={"accuracy_commonest_word": blind},
         details={"best": name, "words": int(real.sum())},
     )  # fmt: skip
 
@@ -241,16 +243,19 @@ def check(trial: Trial, splits: Splits) -> None:
         )
     if not 1 <= trial.targets <= len(splits.private):
         raise ValueError(f"expected --targets between 1 and {len(splits.private)}, got {trial.targets}")
-    if "learned" in trial.attacks and len(splits.auxiliary) < LEAST:
-        raise ValueError(f"expected --auxiliary of {LEAST} or more for learned, got {len(splits.auxiliary)}")
+    if STUDY.protocols[trial.training.protocol]:
+        case_study.check_own([name for name in trial.attacks if name == "learned"], splits)
 
 
-def notes(splits: Splits) -> list[str]:
-    """Return how many words there are, and how many the attacker has in texts of its own."""
+def notes(trial: Trial, splits: Splits) -> list[str]:
+    """Return how many words there are, how many the attacker has in its own texts, and which test texts are private."""
     mine, own = (part.x[part.x > UNKNOWN].unique() for part in (splits.private, splits.auxiliary))
     shared = torch.isin(mine, own).double().mean().item()
+    private = set(map(tuple, splits.private.x.tolist()))
+    repeated = sum(tuple(row) in private for row in splits.test.x.tolist())
+    told = [f"{repeated} of {len(splits.test)} test texts are private ones too, token for token"] if repeated else []
     return [f"{len(mine)} words in private texts, of which {shared:.3f} are in the attacker's own; random start, no "
-            "pretraining"]  # fmt: skip
+            "pretraining", *told]  # fmt: skip
 
 
 STUDY = Study(

@@ -1,15 +1,16 @@
 """Methods that train unlike members, over real frames: federated, personalised, split; each begins from one model."""
 
 import copy
-import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from experiments.bad_members import DIVERGED
+from experiments.bad_members import DIVERGED, answers
 from experiments.setups import counted, over_wires
 from experiments.skewed import Share
 from experiments.training import Training
@@ -33,7 +34,7 @@ from splitlearn.service import Service
 from splitlearn.train import Batches, Predictor, predict
 from splitlearn.wire import Framed, Metered, serve
 
-__all__ = ["METHODS", "Epochs", "Federation", "Method", "Plan", "accuracy", "plain_sgd"]
+__all__ = ["METHODS", "Epochs", "Federation", "Method", "Plan", "accuracy", "advance", "plain_sgd", "timed"]
 
 WEIGHTS, ACTIVATIONS = "every client's weights after every round", "the activation of every sample in training"
 # Of 0.1 and 0.2 FedAvg's best under label:0.1, label:1 and feature:0.5, judged on the auxiliary samples of seed 10,
@@ -63,14 +64,15 @@ class Plan:
 class Federation:
     """What training ended in: the global model's parties, where there is one, each member's own, and what was seen."""
 
-    everywhere: list[Predictor] | None
-    own: list[list[Predictor]]
+    everywhere: list[Learner] | None
+    own: list[list[Learner]]
     meters: list[Metered] = field(default_factory=list)
     visible: dict[str, list[str]] = field(default_factory=dict)
     accuracy: list[float] = field(default_factory=list)  # of the global model after each round
     missed: int = 0  # rounds of members that were away, all members together
     idle: int = 0  # rounds in which nobody was there
-    stopped: str = ""  # why it ended early: a member diverged
+    stopped: list[str] = field(default_factory=list)  # what ended early: a member diverged
+    seconds: dict[str, float] = field(default_factory=dict)  # of training, and of evaluation in between
 
     @property
     def nbytes(self) -> dict[str, dict[str, int]]:
@@ -110,17 +112,64 @@ def plain_sgd(stage: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def accuracy(chain: Sequence[Predictor], x: Tensor, y: Tensor) -> float:
-    """Return the share of samples whose class the parties' joint prediction answers."""
-    return (predict(chain, x).argmax(1) == y).double().mean().item()
+    """Return the share of samples whose class the joint prediction answers; a row that is not finite answers none."""
+    return (answers(predict(chain, x)) == y).double().mean().item()
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add to a phase's seconds what passes inside."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - begun
+
+
+def advance(
+    step: Callable[[], object],
+    chains: Sequence[Sequence[Learner]],
+    samples: Sequence[Tensor],
+    seconds: dict[str, float],
+) -> str:
+    """Take a step of a training; where it diverges, put the chains' parties back to before it, and return how it did.
+
+    It does where a party says so, or where ``chains[i]`` is left without finite logits of ``samples[i]``: returns "" if
+    neither. ``seconds`` of training and of that evaluation are added to. Optimizers are not put back: train no further.
+    """
+    parties = list({id(party): party for chain in chains for party in chain}.values())
+    before = [party.weights() for party in parties]
+    try:
+        with timed(seconds, "train"):
+            step()
+    except ValueError as error:
+        if not DIVERGED.search(str(error)):
+            raise
+        said = str(error)
+    else:
+        with timed(seconds, "evaluate"):
+            bad = [c for c, x in zip(chains, samples, strict=True) if not bool(predict(c, x).isfinite().all())]
+        if not bad:
+            return ""
+        said = f"{bad[0][-1].name}: expected finite logits, got nan or inf; lower the learning rate"
+    for party, weights in zip(parties, before, strict=True):
+        party.load_weights(weights)
+    return said
 
 
 def train_alone(plan: Plan, shares: Sequence[Share], look: Look) -> Federation:
     """Each member by itself, for as many epochs as those train at home who are tuned there in the end."""
     members = _members(plan, shares, [plan.model] * len(shares))
-    for _ in range(plan.training.epochs):
-        for member in members:
-            member.round(member.learner.weights())
-    return Federation(None, _tuned(plan, members, shares), visible={"nobody": ["nothing crosses"]})
+    found = Federation(None, [[member.learner] for member in members], visible={"nobody": ["nothing crosses"]})
+    lost = []
+    for member, share in zip(members, shares, strict=True):
+        for number in range(plan.training.epochs):
+            if said := advance(partial(_alone, member), [[member.learner]], [share.x], found.seconds):
+                lost.append(f"stopped in round {number + 1}, the model is that of the round before: {said}")
+                break
+    found.stopped += _told(lost)
+    _tune(plan, members, shares, found)
+    return found
 
 
 def train_fedavg(
@@ -140,28 +189,52 @@ def train_fedavg_tuned(plan: Plan, shares: Sequence[Share], look: Look) -> Feder
     found, members, everywhere = _fedavg(plan, shares, look, Member)
     for member in members:
         member.begin(everywhere.weights())
-    found.own = _tuned(plan, members, shares)
+    found.own = [[member.learner] for member in members]
+    _tune(plan, members, shares, found)
     return found
 
 
 def train_fedper(plan: Plan, shares: Sequence[Share], look: Look) -> Federation:
     """Layers up to ``shared`` are averaged, heads stay at home; each is tuned with its own on the average."""
+    everywhere = Learner("fed server", copy.deepcopy(plan.model))
     heads = entries_above(plan.model, plan.shared)
-    found, members, everywhere = _fedavg(plan, shares, lambda chain: math.nan, partial(Member, local=heads))
-    for member in members:
-        member.begin(everywhere.weights())
-    found.own = _tuned(plan, members, shares)
-    found.everywhere, found.accuracy = None, []
-    found.visible["fed server"] = [f"{WEIGHTS}, but for its head", COUNTS]
+    members = _members(plan, shares, [plan.model] * len(shares), make=partial(Member, local=heads))
+
+    def one(there: Sequence[FedMember]) -> Round:
+        done = fedavg_round(there, everywhere)
+        for member in members:  # body and head of one round, which are judged together
+            member.begin(everywhere.weights())
+        return done
+
+    found = Federation(None, [[member.learner] for member in members])
+    found.visible = {"fed server": [f"{WEIGHTS}, but for its head", COUNTS], "client": [OWN_DATA]}
+    _rounds(plan, members, shares, one, found, look)
+    _tune(plan, members, shares, found)
     return found
 
 
-def _tuned(plan: Plan, members: Sequence[Member], shares: Sequence[Share]) -> list[list[Predictor]]:
-    """Return each member's model, trained further at home: the same last step for all that have one of their own."""
-    return [
-        [fine_tuned(one.learner, _batches(plan, share, number), epochs=plan.tune_epochs, name=one.name)]
-        for number, (one, share) in enumerate(zip(members, shares, strict=True))
-    ]
+def _tune(plan: Plan, members: Sequence[Member], shares: Sequence[Share], found: Federation) -> None:
+    """Train each member's model further at home: the same last step for all that have one of their own."""
+    lost = []
+    for number, (member, share) in enumerate(zip(members, shares, strict=True)):
+        step = partial(_tune_one, plan, member.learner, _batches(plan, share, number))
+        if said := advance(step, [[member.learner]], [share.x], found.seconds):
+            lost.append(f"stopped while tuned at home, the model is that of before: {said}")
+    found.stopped += _told(lost)
+
+
+def _tune_one(plan: Plan, learner: Learner, batches: Batches) -> None:
+    learner.load_weights(fine_tuned(learner, batches, epochs=plan.tune_epochs, name=learner.name).weights())
+
+
+def _alone(member: Member) -> None:
+    member.round(member.learner.weights())
+
+
+def _told(lost: Sequence[str]) -> list[str]:
+    """Return the first of members' notes, and how many more there are."""
+    more = f"; {len(lost) - 1} more stopped, too" if len(lost) > 1 else ""
+    return [f"{lost[0]}{more}"] if lost else []
 
 
 def train_scaffold(plan: Plan, shares: Sequence[Share], look: Look) -> Federation:
@@ -180,7 +253,7 @@ def train_scaffold(plan: Plan, shares: Sequence[Share], look: Look) -> Federatio
         "fed server": [WEIGHTS, "every client's change of control", COUNTS],
         "client": [OWN_DATA, "the server's control, the mean of all clients'"],
     }
-    return _rounds(plan, members, one, found, look)
+    return _rounds(plan, members, shares, one, found, look)
 
 
 def train_splitfed(
@@ -194,7 +267,7 @@ def train_splitfed(
     members = _members(plan, shares, [below] * len(shares), seats, make)
     found = Federation([bottom, top], [[bottom, top] for _ in members], meters)
     found.visible = {"server": [ACTIVATIONS, "its label"], "fed server": [WEIGHTS, COUNTS], "client": [OWN_DATA, CUT]}
-    return _rounds(plan, members, lambda there: splitfed_v1_round(there, sessions, bottom, top), found, look)
+    return _rounds(plan, members, shares, lambda there: splitfed_v1_round(there, sessions, bottom, top), found, look)
 
 
 def train_splitfed_prox(plan: Plan, shares: Sequence[Share], look: Look) -> Federation:
@@ -215,7 +288,7 @@ def train_unlike_cuts(plan: Plan, shares: Sequence[Share], look: Look) -> Federa
     members = _members(plan, shares, [below for below, _ in halves], seats)
     found = Federation([everywhere], [[everywhere] for _ in members], meters)
     found.visible = {"server": [ACTIVATIONS, "its label", WEIGHTS, COUNTS], "client": [OWN_DATA, CUT]}
-    return _rounds(plan, members, lambda there: unlike_cuts_round(there, sessions, everywhere), found, look)
+    return _rounds(plan, members, shares, lambda there: unlike_cuts_round(there, sessions, everywhere), found, look)
 
 
 def _fedavg(
@@ -225,11 +298,20 @@ def _fedavg(
     members = _members(plan, shares, [plan.model] * len(shares), make=make)
     found = Federation([everywhere], [[everywhere] for _ in members])
     found.visible = {"fed server": [WEIGHTS, COUNTS], "client": [OWN_DATA]}
-    return _rounds(plan, members, lambda there: fedavg_round(there, everywhere), found, look), members, everywhere
+    return (
+        _rounds(plan, members, shares, lambda there: fedavg_round(there, everywhere), found, look),
+        members,
+        everywhere,
+    )
 
 
 def _rounds(
-    plan: Plan, members: Sequence[Member], one: Callable[[Sequence[FedMember]], Round], found: Federation, look: Look
+    plan: Plan,
+    members: Sequence[Member],
+    shares: Sequence[Share],
+    one: Callable[[Sequence[FedMember]], Round],
+    found: Federation,
+    look: Look,
 ) -> Federation:
     """Run all rounds of members across wires, some of them away, and note what came of it."""
     remote, meters = over_wires(members)
@@ -238,17 +320,20 @@ def _rounds(
         there = [
             Absent(member, plan.absent, plan.training.seed * 1000 + number) for number, member in enumerate(remote)
         ]
-    for number in range(plan.training.epochs):
+
+    def step() -> None:
         try:
             found.missed += len(one(there).dropped)
         except NobodyFinishedError:
             found.missed, found.idle = found.missed + len(there), found.idle + 1
-        except ValueError as error:
-            if not DIVERGED.search(str(error)):
-                raise
-            found.stopped = f"stopped in round {number + 1}, the model is that of the round before: {error}"
+
+    for number in range(plan.training.epochs):
+        if said := advance(step, found.own, [share.x for share in shares], found.seconds):
+            found.stopped.append(f"stopped in round {number + 1}, the model is that of the round before: {said}")
             break
-        found.accuracy.append(look(found.everywhere or []))
+        if found.everywhere is not None:
+            with timed(found.seconds, "evaluate"):
+                found.accuracy.append(look(found.everywhere))
     found.meters += meters
     return found
 
@@ -285,11 +370,13 @@ def _seated(sessions: dict[str, Learner]) -> tuple[list[Remote], list[Metered]]:
 
 
 METHODS: dict[str, Method] = {
-    "local": Method("each member alone: what a federation has to beat", train_alone),
+    "local": Method("each member alone: what a federation has to beat", train_alone, ("tune_epochs",)),
     "fedavg": Method("whole models are averaged (FedAvg)", train_fedavg),
     "fedprox": Method("FedAvg, members held near each round's start by --mu (FedProx)", train_fedprox, ("mu",)),
     "scaffold": Method("FedAvg, drift taken out by control variates (SCAFFOLD)", train_scaffold, lr=SCAFFOLD_RATE),
-    "fedper": Method("FedAvg of the layers up to --shared, heads stay at home (FedPer)", train_fedper, ("shared",)),
+    "fedper": Method(
+        "FedAvg of the layers up to --shared, heads stay at home (FedPer)", train_fedper, ("shared", "tune_epochs")
+    ),
     "fedavg_tuned": Method(
         "FedAvg, then --tune-epochs at home: the baseline of personalisation", train_fedavg_tuned, ("tune_epochs",)
     ),

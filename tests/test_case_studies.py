@@ -21,7 +21,7 @@ from experiments.report import build
 from experiments.runner import Outcome, Task, run
 from experiments.store import Store
 from experiments.training import Training
-from splitlearn.data import load, partition
+from splitlearn.data import Splits, load
 from splitlearn.data.schemas import CREDIT
 
 STUDIES = {"arrhythmia": arrhythmia, "credit_scoring": credit_scoring, "text_classification": text_classification}
@@ -127,13 +127,23 @@ def test_each_arm_and_seed_is_a_task_that_its_command_repeats(name: str, folder:
         ("arrhythmia", {"clients": 40}, "clients for . groups"),
         ("arrhythmia", {"batch_size": 100}, "expected --batch-size of at most"),
         ("arrhythmia", {"targets": 190}, "the beats of the first hospital under seed 0"),
-        ("arrhythmia", {"private": 5000}, "expected at most"),
-        ("arrhythmia", {"private": 195}, "4 samples or more for nopeek, the last one too, got 3"),
+        ("arrhythmia", {"private": 5000}, "beats fill under seed 0, got 5000, 64, 96; ask for fewer"),
+        ("arrhythmia", {"private": 5000, "test": 1}, "got 5000, 64, 1; ask for fewer"),
+        ("arrhythmia", {"private": 195}, "4 samples or more for nopeek under u_shaped, the last one too, got 3"),
+        ("arrhythmia", {"batch_size": 3, "protocols": ("vanilla",)}, "nopeek under vanilla, the last one too, got 3"),
+        ("arrhythmia", {"auxiliary": 4}, "expected --auxiliary of 16 or more for decoder, got 4"),
         ("arrhythmia", {"test": 0}, "expected --private, --auxiliary and --test of 1 or more"),
         ("arrhythmia", {"protocols": ()}, "at least one of --protocols"),
         ("arrhythmia", {"cut": "pool9"}, "pool9"),
         ("credit_scoring", {"clients": 1}, "expected --clients of 2 or more"),
         ("credit_scoring", {"clients": 3}, "use --clients 2"),
+        ("credit_scoring", {"clients": 16}, "hold whole attributes each, got 16, which 23 attributes"),
+        ("credit_scoring", {"auxiliary": 1}, "expected --auxiliary of 16 or more for decoder, got 1; ask for more"),
+        (
+            "credit_scoring",
+            {"private": 4, "targets": 3},
+            "expected a batch with both labels for norm, beside 0 of each",
+        ),
         ("credit_scoring", {"targets": 0}, "expected --targets between 1 and 256"),
         ("credit_scoring", {"protections": ("marvell:x",)}, "expected a strength"),
         ("text_classification", {"clients": 3}, "expected one client, whose texts are attacked, got 3"),
@@ -144,6 +154,20 @@ def test_each_arm_and_seed_is_a_task_that_its_command_repeats(name: str, folder:
 def test_what_cannot_be_is_told_before_any_work(name: str, change: dict[str, Any], message: str, folder: Path) -> None:
     with pytest.raises((ValueError, LookupError), match=message):
         found(folder, name, **change)
+
+
+def test_only_batches_that_train_under_nopeek_must_be_large_enough(folder: Path) -> None:
+    assert found(folder, "arrhythmia", private=195, protocols=("vanilla", "splitfed_v2"))  # the last one is left out
+    assert found(folder, "arrhythmia", private=195, protocols=("unsplit", "fedavg"))  # where nothing protects
+
+
+def test_labels_that_can_be_scored_pass_the_check_and_others_do_not() -> None:
+    y = torch.tensor([0, 0, 0, 1, 1, 0])
+    case_study.check_guessed(["norm", "cosine"], y, Training(batch_size=6, epochs=2))
+    with pytest.raises(ValueError, match=r"for cosine, beside 1 of each .* got \[5, 1\] private samples"):
+        case_study.check_guessed(["norm", "cosine"], torch.tensor([0, 0, 0, 1, 0, 0]), Training(batch_size=6))
+    with pytest.raises(ValueError, match="in batches of 1; raise --private or --batch-size"):
+        case_study.check_guessed(["norm"], y, Training(batch_size=1))
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -237,6 +261,32 @@ def test_institutions_read_labels_off_gradients_and_the_owner_columns_off_activa
     assert any("each is answered once" in note for note in answered.notes)
 
 
+def test_no_attribute_is_parted_between_institutions(folder: Path) -> None:
+    names = ("age", "sex=F", "sex=M", "job=a", "job=b=c", "job=d", "job=e", "city=x")
+    assert [len(own) for own in credit_scoring.columns_of(names, 2)] == [3, 5]  # the equal cut is in the midst of job
+    assert [len(own) for own in credit_scoring.columns_of(names, 4)] == [1, 2, 4, 1]
+    assert torch.equal(torch.cat(credit_scoring.columns_of(names, 4)), torch.arange(8))
+    with pytest.raises(ValueError, match="got 8, which 4 attributes of 8 columns"):
+        credit_scoring.columns_of(names, 8)
+    for clients, of in ((2, "2 institutions hold"), (4, "4 institutions hold")):
+        outcome = outcome_of(folder, "credit_scoring", "vertical", "none", clients=clients, attacks=(), epochs=1)
+        assert any(note.startswith(of) for note in outcome.notes)
+    alone = outcome_of(folder, "credit_scoring", "unsplit", "none", epochs=1)
+    assert not any("institutions" in note for note in alone.notes)
+
+
+def test_where_cuts_fall_between_attributes_training_is_that_of_vertical_split_learning(folder: Path) -> None:
+    splits = case_study.dealt(load("credit", data_dir=folder), (256, 200, 96), 0)
+    splits = Splits(*(replace(part, names=None) for part in (splits.private, splits.auxiliary, splits.test)))
+    names = tuple(f"column{number}" for number in range(splits.private.x.shape[1]))  # each an attribute of its own
+    named = replace(splits, private=replace(splits.private, names=names))
+    training = Training(protocol="vertical", cut="relu1", epochs=1, clients=2)
+    trial = case_study.Trial("credit", (256, 200, 96), training, "none", "", (), 16)
+    ours = credit_scoring.train(trial, named)[0].model.parameters()
+    theirs = setups.train_vertical(training, splits, Shield()).model.parameters()
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
 def test_the_vertical_chain_is_what_the_owner_reads(folder: Path) -> None:
     splits = case_study.dealt(load("credit", data_dir=folder), (256, 200, 96), 0)
     trial = case_study.Trial(
@@ -246,8 +296,6 @@ def test_the_vertical_chain_is_what_the_owner_reads(folder: Path) -> None:
     x = splits.test.x[:8]
     assert trained.encoder is not None
     assert torch.equal(trained.chain[0].predict(x), trained.encoder(x))
-    held = partition.vertical(x.shape[1], 2)
-    assert torch.equal(torch.cat(held), torch.arange(x.shape[1]))
 
 
 @pytest.mark.parametrize("cut", ["embed", "block1"])
@@ -269,10 +317,23 @@ def test_words_cross_and_shuffling_them_hides_nothing_from_who_knows(cut: str, f
 def test_who_guesses_the_commonest_word_has_no_advantage() -> None:
     x = torch.tensor([[2, 3, 2, 0], [2, 4, 1, 0]])
     leak = text_classification.scored("nearest", torch.full((2, 4), 2), x, x)
-    assert leak.metrics == {"accuracy": 0.6, "any_place": 0.6}  # of five words: padding and unknown do not count
+    # Of five words: padding and unknown do not count.
+    assert leak.metrics == {"accuracy": 0.6, "any_place": 0.6, "nameable": 1}
     assert leak.advantage == 0
     right = text_classification.scored("nearest", x.flip(0).flip(0), x, x)
     assert right.advantage == 1
+    few = text_classification.scored("learned", x, x, torch.tensor([[4, 1, 0, 0]]))
+    assert few.metrics["nameable"] == 0.2  # of five words, one is in the attacker's own texts
+
+
+def test_test_texts_that_are_private_too_are_counted(folder: Path) -> None:
+    splits = case_study.dealt(load("trec", data_dir=folder), (64, 64, 20), 0)
+    trial = case_study.Trial("trec", (64, 64, 20), Training(), "none", "", (), 16)
+    assert len(text_classification.notes(trial, splits)) == 1
+    x = splits.test.x.clone()
+    x[3], x[7] = splits.private.x[5], splits.private.x[5]
+    notes = text_classification.notes(trial, replace(splits, test=replace(splits.test, x=x)))
+    assert notes[1] == "2 of 20 test texts are private ones too, token for token"
 
 
 def test_labels_stay_with_the_client_in_the_u_shape_and_words_do_not(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from experiments.experiment import Options
 from experiments.report import build
 from experiments.runner import Outcome, run
 from experiments.store import Store
+from experiments.training import build_model, load_splits
+from experiments.unlike import accuracy
+from splitlearn.party import Learner
 
 ONCE = Options(seeds=(0,))
 TOY = Config(
@@ -40,7 +44,7 @@ def fisher_bytes(outcome: Outcome) -> int:
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_method_runs_under_every_protocol(protocol: str, spec: str) -> None:
     outcome = outcome_of(replace(TOY, protocols=(protocol,), methods=(spec,)))
-    assert list(outcome.utility) == ["accuracy", "forgetting", "backward_transfer"]
+    assert list(outcome.utility) == ["accuracy", "accuracy_learned", "forgetting", "backward_transfer"]
     assert list(outcome.traces) == ["accuracy on task 1", "accuracy on task 2"]
     last = [series[-1] for series in outcome.traces.values()]
     assert outcome.utility["accuracy"] == pytest.approx(sum(last) / 2)
@@ -49,7 +53,35 @@ def test_every_method_runs_under_every_protocol(protocol: str, spec: str) -> Non
     assert outcome.utility["backward_transfer"] == pytest.approx(first[1] - first[0])
     assert total(outcome) > 0
     assert ("server" if protocol == "vanilla" else "fed server") in outcome.visible
-    assert outcome.seconds["train"] > 0
+    second = outcome.traces["accuracy on task 2"]
+    assert outcome.utility["accuracy_learned"] == pytest.approx((first[0] + second[1]) / 2)
+    assert set(outcome.seconds) == {"train", "evaluate"}
+    assert not [note for note in outcome.notes if note.startswith("stopped")]
+
+
+@pytest.mark.parametrize("protocol", TRAINED)
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_training_that_diverges_at_once_ends_with_the_model_that_it_began_with(protocol: str, spec: str) -> None:
+    outcome = outcome_of(replace(TOY, protocols=(protocol,), methods=(spec,), lr=1e12))
+    (said,) = (note for note in outcome.notes if note.startswith("stopped in task 1"))
+    assert "after 0 rounds of it" in said
+    assert "finite" in said
+    splits = load_splits("digits", None, sizes=(TOY.private, 600, 397))
+    model, test = [Learner("model", build_model(splits, seed=0))], splits.test
+    begun = [accuracy(model, test.x[rows], test.y[rows]) for rows in (test.y < 5, test.y >= 5)]
+    assert [outcome.traces[f"accuracy on task {n}"] for n in (1, 2)] == [[one, one] for one in begun]
+    assert outcome.utility["forgetting"] == 0
+
+
+@pytest.mark.parametrize("protocol", TRAINED)
+def test_a_training_that_diverges_in_a_later_task_keeps_what_was_learned_before(protocol: str) -> None:
+    config = replace(TOY, protocols=(protocol,), optimizer="sgd", lr=0.01)
+    naive, torn = (outcome_of(replace(config, methods=(spec,))) for spec in ("naive", "ewc:1e30"))
+    (said,) = (note for note in torn.notes if note.startswith("stopped in task 2"))
+    assert "after 0 rounds of it" in said
+    for n in (1, 2):
+        after = naive.traces[f"accuracy on task {n}"][0]
+        assert torn.traces[f"accuracy on task {n}"] == [after, after]
 
 
 def test_who_replays_forgets_less_than_who_does_not() -> None:
@@ -127,12 +159,25 @@ def test_a_trial_is_the_same_twice_whatever_torch_drew_before() -> None:
         ({"lr": 0.0}, "--lr greater than 0"),
         ({"optimizer": "adma"}, "no optimizer is named"),
         ({"cut": "relu9"}, "got 'relu9'"),
-        ({"protocols": ("fedavg",), "clients": 80}, "1 to .* clients"),
+        ({"protocols": ("fedavg",), "clients": 80}, "each of 80 clients, .* raise --private, or lower --clients"),
+        ({"private": 5, "classes_per_task": 1}, "got none; raise --private or --classes-per-task"),
     ],
 )
 def test_what_cannot_be_is_told_before_any_work(wrong: dict[str, object], said: str) -> None:
     with pytest.raises((ValueError, LookupError), match=said):
         tasks(replace(TOY, **wrong), ONCE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("judged_on", "other"), [("test", "auxiliary"), ("auxiliary", "test")])
+def test_what_models_are_judged_on_has_to_have_every_task(
+    judged_on: Literal["test", "auxiliary"], other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = load_splits("digits", None)
+    part = getattr(splits, judged_on)
+    poor = replace(splits, **{judged_on: part.subset(torch.nonzero(part.y < 5).flatten())})
+    monkeypatch.setattr("experiments.continual.load_splits", lambda *args, **_: poor)
+    with pytest.raises(ValueError, match=f"got none; raise --classes-per-task, or use --judged-on {other}"):
+        tasks(replace(TOY, judged_on=judged_on), ONCE)
 
 
 def test_the_report_shows_each_task_over_time(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from experiments.report import build
 from experiments.runner import Outcome, run
 from experiments.skewed import Share, shares_of, skew_of
 from experiments.store import Store
-from experiments.training import load_splits
-from experiments.unlike import METHODS
+from experiments.training import Training, build_model, load_splits
+from experiments.unlike import METHODS, Plan, accuracy, advance
+from splitlearn.party import Learner
 
 ONCE = Options(seeds=(0,))
 TOY = Config(
@@ -32,6 +34,15 @@ def outcome_of(config: Config, seed: int = 0) -> Outcome:
 
 def shares(spec: str, clients: int = 10, seed: int = 0) -> list[Share]:
     return shares_of(skew_of(spec), SPLITS.private, SPLITS.test, clients, seed)
+
+
+def plan_of() -> Plan:
+    training = Training(protocol="", epochs=2, batch_size=16, optimizer="sgd", lr=0.05, clients=3)
+    return Plan(training, build_model(SPLITS, seed=0), shared="relu3")
+
+
+def same(one: Learner, other: Learner) -> bool:
+    return all(torch.equal(own, other.weights()[name]) for name, own in one.weights().items())
 
 
 def mix(y: torch.Tensor) -> torch.Tensor:
@@ -91,6 +102,7 @@ def test_every_method_trains_and_says_what_crossed_and_who_saw_it(method: str) -
     assert bool(outcome.nbytes) is (method != "local")
     assert outcome.visible
     assert any("classes a member" in note for note in outcome.notes)
+    assert set(outcome.seconds) == {"train", "evaluate"}
     if method not in ("local", "fedper"):
         assert outcome.traces["accuracy after each round"][-1] == outcome.utility["accuracy"]
         assert len(outcome.traces["accuracy after each round"]) == TOY.rounds
@@ -141,13 +153,82 @@ def test_who_is_away_is_left_out_and_costs_nothing() -> None:
     assert some.nbytes["up"]["weights"] == a_round * (12 - missed)
 
 
-@pytest.mark.parametrize("method", ["fedavg", "splitfed_v1"])
-def test_a_training_that_diverges_ends_with_the_last_good_model_and_says_so(method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_that_diverges_at_once_ends_with_the_model_that_it_began_with(method: str) -> None:
     outcome = outcome_of(replace(TOY, methods=(method,), lr=1e12))
     (said,) = (note for note in outcome.notes if note.startswith("stopped in round 1"))
     assert "finite" in said
-    assert outcome.traces["accuracy after each round"] == []
-    assert 0 <= outcome.utility["accuracy"] <= 1
+    assert outcome.traces.get("accuracy after each round", []) == []
+    splits = load_splits("digits", None, sizes=(TOY.private, 600, 397))
+    model = [Learner("model", build_model(splits, seed=0))]
+    begun = [
+        accuracy(model, share.judged_x, share.judged_y)
+        for share in shares_of(skew_of("label:1"), splits.private, splits.test, TOY.clients, 0)
+    ]
+    assert outcome.traces["accuracy of each member"] == begun
+    if "accuracy" in outcome.utility:
+        assert outcome.utility["accuracy"] == accuracy(model, splits.test.x, splits.test.y)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "local"])
+def test_a_training_that_diverges_later_ends_with_the_last_good_model(method: str) -> None:
+    config = replace(TOY, methods=(method,), skews=("iid",), lr=1e3)
+    stopped, one = outcome_of(replace(config, rounds=4)), outcome_of(replace(config, rounds=1))
+    assert any(note.startswith("stopped in round 2") for note in stopped.notes)
+    assert not any(note.startswith("stopped in round") for note in one.notes)
+    assert stopped.utility == one.utility
+    assert stopped.traces == one.traces
+
+
+def test_a_member_that_diverges_alone_stops_nobody_else() -> None:
+    plan, found = plan_of(), shares("iid", clients=3)
+    bad = [*found[:2], replace(found[2], x=found[2].x * torch.nan)]
+    plain, done = (METHODS["local"].train(plan, own, lambda chain: 0.0) for own in (found, bad))
+    assert [note[:18] for note in done.stopped] == ["stopped in round 1", "stopped while tune"]
+    for place in range(2):
+        assert same(done.own[place][0], plain.own[place][0])
+    assert same(done.own[2][0], Learner("model", plan.model))
+
+
+def test_heads_of_a_round_that_failed_are_not_kept_with_the_body_of_the_round_before() -> None:
+    found = shares("iid", clients=3)
+    bad = [*found[:2], replace(found[2], x=found[2].x * torch.nan)]  # after the others have trained their heads
+    heads, whole = (METHODS[name].train(plan_of(), bad, lambda chain: 0.0) for name in ("fedper", "fedavg_tuned"))
+    for own, other in zip(heads.own, whole.own, strict=True):  # all were tuned from what all began with
+        assert same(own[0], other[0])
+
+
+def test_a_step_that_leaves_no_finite_answers_is_taken_back_and_other_errors_are_raised() -> None:
+    party, x = Learner("one", torch.nn.Linear(2, 3)), torch.ones(4, 2)
+    before, seconds = party.weights(), {"train": 1.0}
+    broken = {name: weights * torch.inf for name, weights in before.items()}
+    said = advance(lambda: party.load_weights(broken), [[party]], [x], seconds)
+    assert said.startswith("one: expected finite logits")
+    assert all(torch.equal(now, before[name]) for name, now in party.weights().items())
+    assert seconds["train"] > 1.0
+    assert seconds["evaluate"] > 0.0
+    with pytest.raises(ValueError, match="weights of its own stage"):
+        advance(lambda: party.load_weights({}), [[party]], [x], seconds)
+
+
+def test_a_model_without_numbers_answers_no_class() -> None:
+    stage = torch.nn.Linear(2, 3)
+    torch.nn.init.constant_(stage.weight, torch.nan)
+    assert accuracy([Learner("one", stage)], torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)) == 0.0
+
+
+@pytest.mark.parametrize("judged_on", ["test", "auxiliary"])
+def test_shares_are_checked_on_what_models_are_judged_on(
+    judged_on: Literal["test", "auxiliary"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TOY, judged_on=judged_on)
+    (task,) = tasks(config, ONCE)
+    (said,) = (note for note in task.call().notes if note.startswith("accuracy_personal"))
+    assert f"on {judged_on} samples" in said
+    poor = getattr(SPLITS, judged_on).subset(torch.empty(0, dtype=torch.int64))
+    monkeypatch.setattr("experiments.non_iid.load_splits", lambda *args, **_: replace(SPLITS, **{judged_on: poor}))
+    with pytest.raises(ValueError, match="samples to judge client 0 on"):
+        tasks(config, ONCE)
 
 
 def test_a_trial_is_the_same_twice_whatever_torch_drew_before() -> None:
@@ -171,7 +252,9 @@ def test_a_trial_is_the_same_twice_whatever_torch_drew_before() -> None:
         ({"skews": ("iid:1",)}, "expected --skews such as iid"),
         ({"skews": ("label:x",)}, "got 'label:x'"),
         ({"clients": 1}, "--clients of 2 or more"),
-        ({"clients": 60}, "rows a client"),
+        ({"clients": 60}, "got 90 for all of them; raise --private, or lower --clients"),
+        ({"private": 5}, "2 samples or more for each of 3 clients, got 5 for all of them; raise --private"),
+        ({"private": 6, "skews": ("label:0.01",)}, "got label:0.01, which leaves .* raise its level or --private"),
         ({"rounds": 0}, "--rounds of 1 or more"),
         ({"local_epochs": 0}, "--local-epochs of 1"),
         ({"tune_epochs": 0}, "--tune-epochs of 1"),

@@ -15,6 +15,7 @@ from experiments.record import Leakage, Record
 from experiments.summary import summarise
 from experiments.training import Training, load_splits
 from splitlearn.network import PROFILES, Profile
+from splitlearn.train import predict
 
 TOY = Config(paradigms=("fedavg",), clients=4, rounds=1, private=80, auxiliary=40, targets=8, alpha=1.0)
 ONE = Options(seeds=(0,))
@@ -106,6 +107,21 @@ def test_a_trial_of_federated_learning_is_attacked_by_its_updates_and_sends_no_a
     assert done.utility["cloud_flops"] == 0 < done.utility["edge_flops"]
 
 
+def test_a_teacher_stands_beside_what_its_public_labels_are_worth_alone():
+    [task] = tasks(replace(TOY, paradigms=("teacher",)), ONE)
+    done = task.call()
+    assert 0 < done.utility["accuracy_public_alone"] < 1
+    assert any(note.startswith("accuracy_public_alone") for note in done.notes)
+    assert not PARADIGMS["answers"].build(fleet("answers")).baselines
+    even, unlike = (
+        PARADIGMS["teacher"].build(fleet("teacher", alpha, rounds=30)).baselines["accuracy_public_alone"]()
+        for alpha in (None, 0.1)
+    )
+    x, y = SPLITS.auxiliary.x, SPLITS.auxiliary.y
+    assert torch.equal(predict(even, x), predict(unlike, x))  # whatever devices hold
+    assert (predict(even, x).argmax(1) == y).double().mean() > 0.7  # of ten classes
+
+
 def test_names_and_numbers_are_checked_before_any_work():
     with pytest.raises(LookupError, match="fedavgg"):
         tasks(replace(TOY, paradigms=("fedavgg",)), ONE)
@@ -117,6 +133,8 @@ def test_names_and_numbers_are_checked_before_any_work():
         tasks(replace(TOY, targets=0), ONE)
     with pytest.raises(ValueError, match="--alpha above 0 and finite"):
         tasks(replace(TOY, alpha=float("nan")), ONE)
+    with pytest.raises(ValueError, match="raise --private or --alpha, or lower --clients"):
+        tasks(replace(TOY, private=6), ONE)
     with pytest.raises(ValueError, match="--rounds of 1 or more"):
         tasks(replace(TOY, rounds=0), ONE)
 

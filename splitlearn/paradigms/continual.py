@@ -186,6 +186,7 @@ class _Squares(torch.optim.Optimizer):
 class Forgetting:
     """Of a sequence of T tasks: mean accuracy at the end, forgetting and backward transfer over the first T − 1.
 
+    ``learned`` is the mean over all tasks of the accuracy right after each was learned: what was there to forget.
     Forgetting is a task's best accuracy since it was learned and before the last task, less that at the end, −1 to 1
     (Chaudhry et al. 2018, arXiv:1801.10112); backward transfer that at the end less that right after it was learned
     (Lopez-Paz & Ranzato 2017, arXiv:1706.08840).
@@ -194,6 +195,7 @@ class Forgetting:
     accuracy: float
     forgetting: float
     backward_transfer: float
+    learned: float
 
 
 def forgetting(accuracies: Sequence[Sequence[float]]) -> Forgetting:
@@ -207,4 +209,5 @@ def forgetting(accuracies: Sequence[Sequence[float]]) -> Forgetting:
         sum(last) / tasks,
         sum(best[task] - last[task] for task in old) / (tasks - 1),
         sum(last[task] - accuracies[task][task] for task in old) / (tasks - 1),
+        sum(accuracies[task][task] for task in range(tasks)) / tasks,
     )

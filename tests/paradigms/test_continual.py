@@ -354,7 +354,8 @@ def test_forgetting_by_hand() -> None:
     assert found.accuracy == pytest.approx((0.5 + 0.85 + 0.7) / 3, abs=1e-15)
     assert found.forgetting == pytest.approx(((0.95 - 0.5) + (0.8 - 0.85)) / 2, abs=1e-15)  # a task may gain
     assert found.backward_transfer == pytest.approx(((0.5 - 0.9) + (0.85 - 0.8)) / 2, abs=1e-15)
-    assert forgetting([[1.0, 0.0], [0.0, 1.0]]) == Forgetting(0.5, 1.0, -1.0)
+    assert found.learned == pytest.approx((0.9 + 0.8 + 0.7) / 3, abs=1e-15)
+    assert forgetting([[1.0, 0.0], [0.0, 1.0]]) == Forgetting(0.5, 1.0, -1.0, 1.0)
     above = [[0.9, 0.6, 0.7], [0.95, 0.8, 0.99], [0.5, 0.85, 0.7]]
     assert forgetting(above) == found  # what a task scored before it was learned is not forgotten
 
