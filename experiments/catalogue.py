@@ -10,6 +10,7 @@ from experiments.bench_import import import_time
 from experiments.bench_mpc import mpc_overhead_figures
 from experiments.bench_split import split_overhead
 from experiments.bench_transport import many_clients, transport_overhead
+from experiments.compression import COMPRESSION
 from experiments.continual import CONTINUAL, TASK_METHODS
 from experiments.courses import PARADIGMS
 from experiments.credit_scoring import CREDIT_SCORING
@@ -58,6 +59,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         SURFACE,
         PRIVACY_MEETS_POISONING,
         COMPARISON,
+        COMPRESSION,
         PRIVACY_UTILITY,
         HE_OVERHEAD,
         MPC_OVERHEAD,

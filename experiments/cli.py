@@ -372,6 +372,7 @@ def _show_files(folder: Path) -> None:
         "paradigms.png",
         "non_iid.png",
         "continual.png",
+        "compression.png",
         "tradeoff.png",
         "reconstructions.png",
         "results.csv",

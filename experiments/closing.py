@@ -6,6 +6,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.compression_plot import compression_table
 from experiments.figures import count, seconds
 from experiments.paradigm_plot import claims_table, paradigm_table
 from experiments.record import UNDERTRAINED, Record
@@ -31,6 +32,10 @@ def closing_tables(records: Iterable[Record]) -> Iterator[Table]:
         said = claims_table(points)
         yield _plain(compared)
         yield from [] if said is None else [_plain(said)]
+        return
+    packed = compression_table(points)
+    if packed is not None:
+        yield _plain(packed)
         return
     if points and not any(point.attacks for point in points):
         yield _unattacked(points)

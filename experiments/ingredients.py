@@ -29,6 +29,7 @@ from defenses import (
 )
 from defenses.detectors import GradientsScrutinizer, SplitGuard, SplitOut, honest_gradients
 from experiments import encrypted, setups, shares
+from experiments.compressed import COMPRESSIONS, compressed
 from experiments.parts import (
     CONTINUOUS,
     Aim,
@@ -43,8 +44,6 @@ from experiments.parts import (
     whole,
 )
 from privacy.dp import ClippedGaussian, ClippedLaplace
-from splitlearn.codecs import Int8, TopK
-from splitlearn.frames import Codec
 from splitlearn.guard import Guard
 from splitlearn.threat import Threat
 from splitlearn.train import Batches
@@ -80,12 +79,6 @@ def classes_and_seed(on: Watched) -> dict[str, Any]:
 def nothing(on: Watched) -> dict[str, Any]:
     """Return that a detector is given no more than the learner."""
     return {}
-
-
-def compressed(strength: str) -> Shield:
-    """Return the shield for ``int8`` or a fraction of entries to keep."""
-    codec: Codec = Int8() if strength == "int8" else TopK(number(strength, "a fraction to keep, or int8"))
-    return Shield(codec=codec)
 
 
 PROTECTIONS: dict[str, Protection] = {
@@ -178,7 +171,10 @@ PROTECTIONS: dict[str, Protection] = {
         ("tokens",),
     ),
     "compression": Protection(
-        "int8 or top-k on the wire: is it a defense?", "int8, or fraction kept", ("int8", "0.1", "0.02"), compressed
+        "fewer bytes on the wire, as in int8, ans4 or top-k: is it a defense?",
+        f"the compression: {COMPRESSIONS}",
+        ("int8", "0.1", "0.02"),
+        compressed,
     ),
 }
 

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from splitlearn.data.dataset import Dataset, Modality
 from splitlearn.frames import Codec
 from splitlearn.party import Guard, Learner
+from splitlearn.quantisation import quantisation_aware
 from splitlearn.threat import Threat
 
 __all__ = [
@@ -29,21 +30,36 @@ CONTINUOUS: tuple[Modality, ...] = ("image", "signal", "table")
 class Shield:
     """What protects one client: a guard on what it sends, a codec on its wire, layers of its own; by default none.
 
-    ``layers(channels)`` makes what comes last in the bottom, for activations of so many channels, or columns.
+    ``layers(channels)`` makes what comes last in the bottom, for activations of so many channels, or columns, and
+    ``above(channels)`` what comes first in the stage above, which undoes it. ``weight_bits`` rounds the bottom's
+    weights in training, 0 leaves them.
     """
 
     guard: Guard = field(default_factory=Guard)
     codec: Codec | None = None
     layers: Callable[[int], nn.Module] | None = None
+    above: Callable[[int], nn.Module] | None = None
+    weight_bits: int = 0
 
     def shaped(self, bottom: nn.Module, x: Tensor) -> nn.Module:
         """Return the bottom with these layers after it; ``x`` is an input [1, …] of its."""
-        if self.layers is None:
-            return bottom
-        with torch.no_grad():
-            channels = bottom(x).shape[1]
-        own = self.layers(channels)
-        return nn.Sequential(bottom, own.to(x.device, x.dtype) if x.is_floating_point() else own.to(x.device))
+        own = bottom
+        if self.layers is not None:
+            own = nn.Sequential(bottom, _like(self.layers(_channels(bottom, x)), x))
+        return quantisation_aware(own, self.weight_bits) if self.weight_bits else own
+
+    def raised(self, top: nn.Module, bottom: nn.Module, x: Tensor) -> nn.Module:
+        """Return the stage above the plain ``bottom``, with the layers that it needs before it."""
+        return top if self.above is None else nn.Sequential(_like(self.above(_channels(bottom, x)), x), top)
+
+
+@torch.no_grad()
+def _channels(bottom: nn.Module, x: Tensor) -> int:
+    return bottom(x).shape[1]
+
+
+def _like(layers: nn.Module, x: Tensor) -> nn.Module:
+    return layers.to(x.device, x.dtype) if x.is_floating_point() else layers.to(x.device)
 
 
 def _same(module: nn.Module) -> nn.Module:

@@ -42,6 +42,7 @@ def described_protection(name: str, strength: str) -> dict[str, str]:
 
 def _build(protection: Protection, strength: str) -> None:
     shield = protection.build(strength)
-    if shield.layers is not None:
-        with torch.random.fork_rng(devices=[]):
-            shield.layers(CHANNELS)
+    with torch.random.fork_rng(devices=[]):
+        for layers in (shield.layers, shield.above):
+            if layers is not None:
+                layers(CHANNELS)

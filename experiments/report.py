@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.image import imsave
 
+from experiments.compression_plot import compression_curves, compression_table
 from experiments.continual_plot import continual
 from experiments.detection_plot import detection, detection_table
 from experiments.figures import number, spread
@@ -42,6 +43,7 @@ from experiments.tables import (
 __all__ = ["build"]
 
 NO_PROTECTION = 0.9  # leakage, of 1, from which on the summary says that nothing is protected
+COMPARED = (paradigm_table, claims_table, compression_table)
 TOLERATED_LOSS = 0.02  # of utility, in the sentence on what protects at little cost
 
 
@@ -69,8 +71,8 @@ def build(root: Path) -> Path:
 
     The pictures are ``tradeoff.png``, ``reconstructions.png``, where an ε is claimed ``privacy.png``, and of
     ``he_overhead`` ``encryption.png``, of ``mpc_overhead`` ``shares.png``, of ``detection`` ``detection.png``, of
-    ``label_leakage`` ``labels.png``, of ``protection_grid``, ``paradigms``, ``non_iid`` and ``continual`` one of that
-    name, where members poisoned ``poisoning.png`` and ``backdoor.png``.
+    ``label_leakage`` ``labels.png``, of ``protection_grid``, ``paradigms``, ``non_iid``, ``continual`` and
+    ``compression`` one of that name, where members poisoned ``poisoning.png`` and ``backdoor.png``.
 
     A picture that the records have no figures for is left out, and removed if an earlier report left it. A corrupt
     record is told of in the report; ``ValueError`` where there is none at all that can be read.
@@ -97,6 +99,7 @@ def build(root: Path) -> Path:
         "paradigms": paradigms(records, root / "paradigms.png"),
         "non_iid": non_iid(records, root / "non_iid.png"),
         "continual": continual(records, root / "continual.png"),
+        "compression": compression_curves(records, root / "compression.png"),
     }
     return write_atomically(root / "report.html", _page(records, problems, store, drawn).encode())
 
@@ -128,7 +131,7 @@ def _page(records: Sequence[Record], problems: Sequence[str], store: Store, draw
         detected=detection_table(points),
         labels_by_epoch=label_table(points),
         poisoned=poison_table(points),
-        compared=[table for table in (paradigm_table(points), claims_table(points)) if table is not None],
+        compared=[table for make in COMPARED if (table := make(points)) is not None],
         pictures=[_picture(row) for row in gallery(records, store)],
         results=results_tables(points),
         strengths=strength_notes(points),

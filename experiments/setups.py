@@ -94,17 +94,17 @@ def train_u_shaped(
     """U-shaped split learning: bottom, head and labels stay with the client, the server holds the middle."""
     model = build_model(splits, seed=training.seed).to(training.device)
     below, middle, head = cut(model, training.cut, len(model) - 1)
-    bottom = _shaped(below, shield, splits.private.x[:1], training)
+    bottom, between = _shaped(below, middle, shield, splits.private.x[:1], training)
     client = _client(training, bottom, shield, 0)
     top = Learner("head", head, optimizer_for(head, training), seed=training.seed + 7)
-    server = _server(training, middle)
+    server = _server(training, between)
     line = wire(server if infiltrate is None else infiltrate(server), shield.codec)
     batches = _batches(training, splits.private.x, splits.private.y)
     step = partial(u_shaped, client, line.party, top)
     losses = fit(epochs_of(step, batches), epochs=training.epochs).losses
     visible = {"server": UNLABELLED, "client": ["everything but the server's weights"]}
     encoder = Encoder(client.stage, client.guard, shield.codec)
-    model = nn.Sequential(client.stage, middle, head)
+    model = nn.Sequential(client.stage, between, head)
     chain: list[Predictor] = [client, line.party, top]
     return Trained(chain, model, losses, counted([line.meter]), visible, batches.x, batches.y, encoder, line.record)
 
@@ -199,13 +199,17 @@ def vertical_parts(
 ) -> tuple[list[Features], "SideBySide", nn.Module]:
     """Return clients that hold some columns each of the private samples, their bottoms as one, and the top."""
     clients = max(2, training.clients)
+    if shield.above is not None:
+        raise ValueError(
+            "expected a protection without layers above the cut, where several activations are joined; leave narrow out"
+        )
     columns = partition.vertical(splits.private.x.shape[-1], clients)
     model = build_model(splits, seed=training.seed).to(training.device)
     whole, top = cut(model, training.cut)
     learners = []
     for number, own in enumerate(columns):
         narrow = _narrow(splits, training, whole, len(own), clients) if splits.private.kind == "table" else whole
-        narrow = _shaped(narrow, shield, splits.private.x[:1][..., own], training)
+        narrow, _ = _shaped(narrow, top, shield, splits.private.x[:1][..., own], training)
         learners.append(_client(training, narrow, shield, number))
     # Images are joined side by side as they were parted, a table's clients by their features.
     side = SideBySide([one.stage for one in learners], columns, partial(torch.cat, dim=-1))
@@ -282,8 +286,8 @@ def _table(
     if infiltrate is not None and training.clients != 1:
         raise ValueError(f"expected one client where the server is infiltrated, got {training.clients}")
     below, top = cut(build_model(splits, seed=training.seed).to(training.device), training.cut)
-    bottom = _shaped(below, shield, splits.private.x[:1], training)
-    server = _server(training, top)
+    bottom, above = _shaped(below, top, shield, splits.private.x[:1], training)
+    server = _server(training, above)
     clients = [_client(training, bottom, shield, number) for number in range(training.clients)]
     sessions = {one.name: server.session(one.name) if shared else server.replica(one.name) for one in clients}
     seated: list[Party] = list(sessions.values()) if infiltrate is None else [infiltrate(server)]
@@ -296,10 +300,14 @@ def _table(
     )
 
 
-def _shaped(bottom: nn.Module, shield: Shield, x: Tensor, training: Training) -> nn.Module:
+def _shaped(
+    bottom: nn.Module, top: nn.Module, shield: Shield, x: Tensor, training: Training
+) -> tuple[nn.Module, nn.Module]:
+    """Return both stages with the shield's layers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        return shield.shaped(bottom, x.to(training.device))
+        x = x.to(training.device)
+        return shield.shaped(bottom, x), shield.raised(top, bottom, x)
 
 
 def _client(training: Training, stage: nn.Module, shield: Shield, number: int) -> Learner:

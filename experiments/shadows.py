@@ -133,15 +133,16 @@ def _shadow(trial: Trial, data_dir: Path | None, number: int) -> dict[str, np.nd
     below, top = cut(build_model(splits, seed=training.seed).to(training.device), training.cut)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        bottom = shield.shaped(below, splits.private.x[:1].to(training.device))
+        x = splits.private.x[:1].to(training.device)
+        bottom, above = shield.shaped(below, x), shield.raised(top, below, x)
     client = Learner("client", bottom, optimizer_for(bottom, training), shield.guard, seed=training.seed)
-    server: Party = Learner("server", top, optimizer_for(top, training), seed=training.seed)
+    server: Party = Learner("server", above, optimizer_for(above, training), seed=training.seed)
     if shield.codec is not None:
         server = Remote("server", Framed(serve(Service({"server": server}), shield.codec), shield.codec), "server")
     batches = Batches(splits.private.x, splits.private.y, batch_size=training.batch_size, seed=training.seed)
     fit(epochs_of(partial(vanilla, client, server), batches), epochs=training.epochs)
     x, y = pool.candidates.x.to(training.device), pool.candidates.y.to(training.device)
-    path, head = Encoder(bottom, client.guard, shield.codec), top.eval()
+    path, head = Encoder(bottom, client.guard, shield.codec), above.eval()
     return {name: PLACES[name].point.of(path, head, x, y).numpy() for name in trial.points}
 
 

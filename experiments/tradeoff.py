@@ -1,7 +1,7 @@
 """How much leaks, what protects, and what that costs: every protection at every strength against every attack."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from experiments.protected import described_protection, named_protections
 from experiments.runner import Outcome, Task
 from experiments.scoring import Attacked, aim_of, attack_victim
 from experiments.training import (
+    Trained,
     Training,
     described,
     device_of,
@@ -23,7 +24,7 @@ from experiments.training import (
     sizes_of,
     warm_up,
 )
-from splitlearn.data import DATASETS, Dataset
+from splitlearn.data import DATASETS, Dataset, Splits
 from splitlearn.train import evaluate
 
 __all__ = ["TRADEOFF", "Config", "check_auxiliary"]
@@ -94,10 +95,19 @@ class Trial:
         }
 
 
-def tasks(config: Config, options: Options, *, name: str = "tradeoff") -> list[Task]:
+Also = Callable[[Trial, Trained, Splits], dict[str, float]]  # what else is measured, a part of the utility
+
+
+def nothing(trial: Trial, trained: Trained, splits: Splits) -> dict[str, float]:
+    """Return nothing beside the utility."""
+    return {}
+
+
+def tasks(config: Config, options: Options, *, name: str = "tradeoff", also: Also = nothing) -> list[Task]:
     """Return one task for each protocol, cut, protection, strength and seed; every name is checked first.
 
-    ``name`` is the experiment's, where another asks the same of other protections and attacks.
+    ``name`` is the experiment's, where another asks the same of other protections and attacks; ``also`` measures what
+    that wants to know beside.
     """
     find("data set", options.data, DATASETS)
     for attack in config.attacks:
@@ -138,11 +148,11 @@ def tasks(config: Config, options: Options, *, name: str = "tradeoff") -> list[T
                     alone = replace(config, protocols=(protocol,), cuts=(place,), protections=(spec,))
                     command = reproduction(name, alone, data=options.data, device=device, seed=seed)
                     aim = aim_of(splits, seed, cut_at=place, shield=trial.shield())
-                    found.append(_task(name, trial, command, aim, options.data_dir))
+                    found.append(_task(name, trial, command, aim, partial(run_trial, trial, options.data_dir, also)))
     return found
 
 
-def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
+def run_trial(trial: Trial, data_dir: Path | None, also: Also = nothing) -> Outcome:
     """Train, evaluate and attack, and return what came of it."""
     warm_up()
     seconds = {}
@@ -153,7 +163,7 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     trained = PROTOCOLS[trial.training.protocol].train(trial.training, splits, trial.shield())
     seconds["train"] = time.perf_counter() - start
     start = time.perf_counter()
-    utility = evaluate(trained.chain, splits.test.x, splits.test.y)
+    utility = evaluate(trained.chain, splits.test.x, splits.test.y) | also(trial, trained, splits)
     seconds["evaluate"] = time.perf_counter() - start
     attacks = Attacked()
     notes = [f"loss of the last epoch: {trained.losses[-1]:.4f}"]
@@ -230,13 +240,13 @@ def check_auxiliary(attacks: Iterable[str], auxiliary: int) -> None:
         )
 
 
-def _task(name: str, trial: Trial, command: str, aim: Aim, data_dir: Path | None) -> Task:
+def _task(name: str, trial: Trial, command: str, aim: Aim, call: Callable[[], Outcome]) -> Task:
     training = trial.training
     labels = {
         "seed": training.seed, "data": trial.data, "protocol": training.protocol, "cut": training.cut,
         "protection": trial.protection, "strength": trial.strength,
     }  # fmt: skip
-    return Task(name, trial.described(aim), command, labels, partial(run_trial, trial, data_dir))
+    return Task(name, trial.described(aim), command, labels, call)
 
 
 TRADEOFF = Experiment(

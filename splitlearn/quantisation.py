@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from splitlearn.cut import cut
 
-__all__ = ["LearnedQuantiser", "baked", "narrowed", "quantisation_aware"]
+__all__ = ["LearnedQuantiser", "Pointwise", "baked", "narrowed", "quantisation_aware"]
 
 MOST_BITS = 8
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -23,35 +23,59 @@ class LearnedQuantiser(nn.Module):
     """The last layer of a bottom: [N, …] to the same shape on 2^``bits`` levels, whose step is learned (LSQ).
 
     Esser, McKinstry, Bablani, Appuswamy and Modha 2020 (arXiv:1902.08153), equations 1 to 3, with the gradient of the
-    step scaled by 1/√(entries of a batch · highest level). Levels run from 0 to 2^bits − 1, as after a ReLU, or with
-    ``signed`` from −2^(bits−1) to 2^(bits−1) − 1. The step starts at 2·mean|z|/√(highest level) of the first training
-    batch; before that there is none, and a prediction is a ``ValueError``.
+    step scaled by 1/√(entries of a batch · highest level). Levels run from 0 to 2^bits − 1, as after a ReLU, or where
+    the first training batch has negative entries from −2^(bits−1) to 2^(bits−1) − 1. The step starts at
+    2·mean|z|/√(highest level) of that batch; before it there is none, and a prediction is a ``ValueError``.
 
     Deviations: one step for the whole activation; the step is held above 0 by its magnitude. ``Palette(bits)`` carries
     what it puts out in so many bits an entry, exactly.
     """
 
-    def __init__(self, bits: int, *, signed: bool = False):
+    low: Tensor
+
+    def __init__(self, bits: int):
         super().__init__()
         if not (type(bits) is int and 1 <= bits <= MOST_BITS):
             raise ValueError(f"expected whole bits from 1 to {MOST_BITS}, got {bits!r}; as in LearnedQuantiser(4)")
-        self.low: int = -(2 ** (bits - 1)) if signed else 0
-        self.high: int = self.low + 2**bits - 1
+        self.bits = bits
         self.step = nn.Parameter(torch.tensor(0.0))  # 0: not started yet
+        self.register_buffer("low", torch.tensor(0))  # the lowest level
 
     def forward(self, z: Tensor) -> Tensor:
         """Return level · step, with the identity as the rounding's gradient and none beyond the ends."""
-        top = max(self.high, 1)
         if self.step.item() == 0:
-            if not self.training:
-                raise ValueError("expected a quantiser that was trained, got one without a step; train a batch first")
-            with torch.no_grad():
-                self.step.fill_(max(2 * z.abs().mean().item() / sqrt(top), torch.finfo(z.dtype).tiny))
-        scale = 1 / sqrt(z.numel() * top)
+            self._start(z.detach())
+        low = int(self.low)
+        high = low + 2**self.bits - 1
+        scale = 1 / sqrt(z.numel() * max(high, 1))
         step = self.step.abs()
         step = (step - step * scale).detach() + step * scale  # its value, and a gradient of ``scale`` times it
-        levels = (z / step).clamp(self.low, self.high)
+        levels = (z / step).clamp(low, high)
         return (levels + (levels.round() - levels).detach()) * step
+
+    @torch.no_grad()
+    def _start(self, z: Tensor) -> None:
+        if not self.training:
+            raise ValueError("expected a quantiser that was trained, got one without a step; train a batch first")
+        if bool((z < 0).any()):
+            self.low.fill_(-(2 ** (self.bits - 1)))
+        high = max(int(self.low) + 2**self.bits - 1, 1)
+        self.step.fill_(max(2 * z.abs().mean().item() / sqrt(high), torch.finfo(z.dtype).tiny))
+
+
+class Pointwise(nn.Linear):
+    """A linear map of the channels at each place, [N, channels, …] to [N, features, …]; a 1×1 convolution.
+
+    ``dim`` is the dimension of channels: 1, or -1 for tokens [N, T, D].
+    """
+
+    def __init__(self, channels: int, features: int, *, dim: int = 1):
+        super().__init__(channels, features)
+        self.dim = dim
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the features."""
+        return super().forward(z.movedim(self.dim, -1)).movedim(-1, self.dim).contiguous()
 
 
 class _Rounded(nn.Module):
@@ -107,39 +131,25 @@ def baked(stage: nn.Module) -> nn.Module:
 def narrowed(model: nn.Sequential, at: int | str, features: int, x: Tensor) -> tuple[nn.Sequential, nn.Sequential]:
     """Return bottom and top of ``model`` cut at ``at``, with a bottleneck of ``features`` channels across the cut.
 
-    The bottom ends in a layer ``narrow`` (a 1×1 convolution for [N, C, …], a linear map for [N, C] and tokens
-    [N, T, C]), the top begins with ``widen`` back to C: a learned compression (BottleNet, Eshratifar, Esmaili & Pedram
-    2019, arXiv:1902.01000). Both are new and to be trained; all other layers share the model's parameters. ``x`` is a
-    sample batch that says what crosses. Deviations: no lossy image coder behind it, channels alone are reduced.
+    The bottom ends in a layer ``narrow``, the top begins with ``widen`` back to all channels, both ``Pointwise``: a
+    learned compression (BottleNet, Eshratifar, Esmaili & Pedram 2019, arXiv:1902.01000). They are new and to be
+    trained; all other layers share the model's parameters. ``x`` is a sample batch that says what crosses; of three
+    dimensions it is a signal [N, C, L] below a one-dimensional convolution, and else tokens [N, T, C]. Deviations: no
+    lossy image coder behind it, channels alone are reduced.
     """
     bottom, top = cut(model, at)
     with torch.no_grad():
         z = copy.deepcopy(bottom).eval()(x)
-    linear = z.ndim == 2 or (z.ndim == 3 and not _is_signal(bottom))
-    channels = z.shape[-1] if linear else z.shape[1]
+    dim = -1 if z.ndim == 3 and not any(isinstance(layer, nn.Conv1d) for layer in bottom.modules()) else 1
+    channels = z.shape[dim]
     if not 1 <= features < channels:
         raise ValueError(
             f"expected fewer features than the {channels} channels that cross at {at!r}, at least one, got {features}"
         )
     if clash := {"narrow", "widen"} & {*bottom._modules, *top._modules}:
         raise ValueError(f"expected a model without layers named {', '.join(sorted(clash))}; rename them")
-    narrow, widen = (
-        _pointwise(z.ndim, linear, *widths).to(z.device, z.dtype)
-        for widths in ((channels, features), (features, channels))
-    )
+    narrow = Pointwise(channels, features, dim=dim).to(z.device, z.dtype)
+    widen = Pointwise(features, channels, dim=dim).to(z.device, z.dtype)
     below = nn.Sequential(OrderedDict([*bottom._modules.items(), ("narrow", narrow)]))
     above = nn.Sequential(OrderedDict([("widen", widen), *top._modules.items()]))
     return below, above
-
-
-def _is_signal(bottom: nn.Module) -> bool:
-    return any(isinstance(layer, nn.Conv1d) for layer in bottom.modules())
-
-
-def _pointwise(dims: int, linear: bool, width_in: int, width: int) -> nn.Module:
-    if linear:
-        return nn.Linear(width_in, width)
-    makers: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
-    if dims not in makers:
-        raise ValueError(f"expected activations of two to five dimensions, got {dims}; cut elsewhere")
-    return makers[dims](width_in, width, 1)

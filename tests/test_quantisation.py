@@ -13,9 +13,8 @@ from splitlearn.quantisation import LearnedQuantiser, baked, narrowed, quantisat
 
 
 def started(bits: int, step: float, *, signed: bool = False) -> LearnedQuantiser:
-    layer = LearnedQuantiser(bits, signed=signed).double()
-    with torch.no_grad():
-        layer.step.fill_(step)
+    layer = LearnedQuantiser(bits).double()
+    layer.load_state_dict({"step": torch.tensor(step), "low": torch.tensor(-(2 ** (bits - 1)) if signed else 0)})
     return layer
 
 
@@ -41,7 +40,11 @@ def test_learned_quantiser_starts_with_the_first_batch_it_trains_on():
         copy.deepcopy(layer).eval()(z)
     layer(z)
     assert layer.step.item() == pytest.approx(2 * z.mean().item() / 15**0.5)
-    assert LearnedQuantiser(4).train()(torch.zeros(2, 3)).tolist() == torch.zeros(2, 3).tolist()
+    assert layer(z).min() >= 0
+    signed = LearnedQuantiser(4)
+    assert signed(z - 0.5).min() < 0
+    assert signed.low.item() == -8
+    assert LearnedQuantiser(4)(torch.zeros(2, 3)).tolist() == torch.zeros(2, 3).tolist()
     with pytest.raises(ValueError, match="expected whole bits from 1 to 8, got 9"):
         LearnedQuantiser(9)
 
