@@ -3,6 +3,7 @@
 from experiments.arrhythmia import ARRHYTHMIA
 from experiments.attribute import ATTRIBUTE
 from experiments.bench_aggregators import aggregator_speed
+from experiments.bench_cost import cost_model_figures
 from experiments.bench_dp import audit_power, dp_overhead
 from experiments.bench_faults import bench_faults
 from experiments.bench_he import he_overhead_figures
@@ -15,6 +16,7 @@ from experiments.continual import CONTINUAL, TASK_METHODS
 from experiments.courses import PARADIGMS
 from experiments.credit_scoring import CREDIT_SCORING
 from experiments.detection import DETECTION
+from experiments.early_exits import EARLY_EXITS
 from experiments.experiment import Experiment
 from experiments.he_overhead import HE_OVERHEAD
 from experiments.ingredients import ATTACKS, BUILT_ATTACKS, DETECTORS, PROTECTIONS, PROTOCOLS
@@ -60,6 +62,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         PRIVACY_MEETS_POISONING,
         COMPARISON,
         COMPRESSION,
+        EARLY_EXITS,
         PRIVACY_UTILITY,
         HE_OVERHEAD,
         MPC_OVERHEAD,
@@ -87,6 +90,9 @@ BENCHES: dict[str, Bench] = {
     ),
     "transport": Bench("what gRPC with mutual TLS costs over bare gRPC, and over one process", transport_overhead),
     "clients": Bench("seconds and bytes of 1 to 64 clients at once, and how well 8 foretell 64", many_clients),
+    "cost-model": Bench(
+        "how well the cost model foretells seconds of models that it was not fitted on", cost_model_figures
+    ),
     "faults": Bench("a server and clients killed 50 times in mid-training: does the model show it?", bench_faults),
     "import": Bench("what `import splitlearn` takes beyond `import torch`", import_time),
 }

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from experiments import remote_commands
+from experiments import plan_command, remote_commands
 from experiments.commands import Commands, Program
 from experiments.names import find
 
@@ -36,7 +36,8 @@ class _Splitlearn(Program):
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the commands."""
         return [
-            "list", "run", "report", "bench", "noise", "data", "certs", "server", "fed-server", "client", "doctor",
+            "list", "run", "plan", "report", "bench", "noise", "data", "certs", "server", "fed-server", "client",
+            "doctor",
         ]  # fmt: skip
 
 
@@ -227,6 +228,7 @@ def _data(
         list_present(folder)
 
 
+app.command("plan")(plan_command.plan)
 app.command("certs")(remote_commands.certs)
 app.command("server")(remote_commands.server)
 app.command("fed-server")(remote_commands.fed_server)
@@ -373,6 +375,7 @@ def _show_files(folder: Path) -> None:
         "non_iid.png",
         "continual.png",
         "compression.png",
+        "early_exits.png",
         "tradeoff.png",
         "reconstructions.png",
         "results.csv",

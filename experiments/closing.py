@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.compression_plot import compression_table
+from experiments.early_exits_plot import exits_table
 from experiments.figures import count, seconds
 from experiments.paradigm_plot import claims_table, paradigm_table
 from experiments.record import UNDERTRAINED, Record
@@ -14,7 +15,7 @@ from experiments.summary import Point, Spread, families, summarise, utility_metr
 from experiments.tables import Table as Figures
 from experiments.tables import front_of, utility_columns
 
-__all__ = ["closing_tables"]
+__all__ = ["closing_tables", "plain"]
 
 SPREAD = "mean ± standard deviation over seeds"
 
@@ -30,13 +31,13 @@ def closing_tables(records: Iterable[Record]) -> Iterator[Table]:
     compared = paradigm_table(points, brief=True)
     if compared is not None:
         said = claims_table(points)
-        yield _plain(compared)
-        yield from [] if said is None else [_plain(said)]
+        yield plain(compared)
+        yield from [] if said is None else [plain(said)]
         return
-    packed = compression_table(points)
-    if packed is not None:
-        yield _plain(packed)
-        return
+    for table in (compression_table(points), exits_table(points, brief=True)):
+        if table is not None:
+            yield plain(table)
+            return
     if points and not any(point.attacks for point in points):
         yield _unattacked(points)
         return
@@ -66,7 +67,7 @@ def _table(title: str, points: Sequence[Point]) -> Table:
     return table
 
 
-def _plain(figures: Figures) -> Table:
+def plain(figures: Figures) -> Table:
     """Return a table of a report for the terminal."""
     table = _empty("", figures.caption)
     for place, heading in enumerate(figures.columns):

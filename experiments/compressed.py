@@ -62,7 +62,7 @@ def _part(name: str, value: str, part: str) -> Shield:
     if name == "aware":
         return Shield(weight_bits=_bits(value, part))
     if name == "random":
-        return Shield(codec=RandomK(float(value), unbiased=True))
+        return Shield(codec=RandomK(float(value)))
     if name == "narrow":
         share = float(value)
         if not 0 < share < 1:

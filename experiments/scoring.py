@@ -49,6 +49,7 @@ def attack_victim(
     targets: int,
     releases: int,
     shield: Shield | None = None,
+    among: Mapping[str, Attack] = ATTACKS,
 ) -> Attacked:
     """Let the victim send its first ``targets`` inputs, as often as ``releases`` says, and run each attack on that.
 
@@ -58,7 +59,7 @@ def attack_victim(
     _send(trained, targets, releases)
     for name in names:
         start = time.perf_counter()
-        attack = replace(ATTACKS[name], threat=replace(ATTACKS[name].threat, releases=releases))
+        attack = replace(among[name], threat=replace(among[name].threat, releases=releases))
         top = trained.model[1] if isinstance(trained.model, nn.Sequential) and len(trained.model) == STAGES else None
         if attack.needs_top and top is None:
             done.notes.append(f"{name} was left out: the server holds no stage that puts out logits here")

@@ -63,9 +63,9 @@ FED = ["every client's weights after every round", "how many samples each client
 NOTHING = ["gradients at the cut", "the loss"]
 
 
-def train_unsplit(training: Training, splits: Splits, shield: Shield) -> Trained:
+def train_unsplit(training: Training, splits: Splits, shield: Shield, *, model: nn.Sequential | None = None) -> Trained:
     """The whole model in one place: the reference that every protocol is measured against."""
-    model = build_model(splits, seed=training.seed).to(training.device)
+    model = (build_model(splits, seed=training.seed) if model is None else model).to(training.device)
     whole = Learner("unsplit", model, optimizer_for(model, training), seed=training.seed)
     batches = _batches(training, splits.private.x, splits.private.y)
     losses = fit(epochs_of(lambda x, y: whole.learn(x, y)[0], batches), epochs=training.epochs).losses
@@ -73,13 +73,19 @@ def train_unsplit(training: Training, splits: Splits, shield: Shield) -> Trained
 
 
 def train_vanilla(
-    training: Training, splits: Splits, shield: Shield, *, infiltrate: Infiltrate | None = None
+    training: Training,
+    splits: Splits,
+    shield: Shield,
+    *,
+    infiltrate: Infiltrate | None = None,
+    model: nn.Sequential | None = None,
 ) -> Trained:
     """Vanilla split learning: the server learns the labels; several clients take turns and hand their bottom on.
 
-    ``infiltrate`` returns whoever takes the server's place, where there is one client.
+    ``infiltrate`` returns whoever takes the server's place, where there is one client. ``model`` is trained in place of
+    the zoo's.
     """
-    table = _table(training, splits, shield, shared=True, infiltrate=infiltrate)
+    table = _table(training, splits, shield, shared=True, infiltrate=infiltrate, model=model)
     if training.clients == 1:
         losses = table.rounds(lambda: apart_round(table.members))
         return table.finished(losses, {"server": LABELLED, "client": NOTHING})
@@ -280,12 +286,19 @@ class _Table:
 
 
 def _table(
-    training: Training, splits: Splits, shield: Shield, *, shared: bool, infiltrate: Infiltrate | None = None
+    training: Training,
+    splits: Splits,
+    shield: Shield,
+    *,
+    shared: bool,
+    infiltrate: Infiltrate | None = None,
+    model: nn.Sequential | None = None,
 ) -> _Table:
     """Set the clients around a server whose stage they share, or of which each has a copy."""
     if infiltrate is not None and training.clients != 1:
         raise ValueError(f"expected one client where the server is infiltrated, got {training.clients}")
-    below, top = cut(build_model(splits, seed=training.seed).to(training.device), training.cut)
+    model = build_model(splits, seed=training.seed) if model is None else model
+    below, top = cut(model.to(training.device), training.cut)
     bottom, above = _shaped(below, top, shield, splits.private.x[:1], training)
     server = _server(training, above)
     clients = [_client(training, bottom, shield, number) for number in range(training.clients)]

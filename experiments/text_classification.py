@@ -21,11 +21,11 @@ from experiments import case_study, setups
 from experiments.case_study import READ_LABELS, Study, Trial
 from experiments.experiment import Experiment, Options
 from experiments.ingredients import PROTECTIONS
-from experiments.parts import told
+from experiments.parts import Shield, told
 from experiments.record import Leakage
 from experiments.runner import Outcome, Task
 from experiments.scoring import Attacked
-from experiments.training import Trained
+from experiments.training import Trained, Training
 from splitlearn.data import Splits
 from splitlearn.data.text import PADDING, UNKNOWN
 from splitlearn.metrics import accuracy_advantage
@@ -178,7 +178,11 @@ def built(name: str, words: int, trial: Trial, seed: int) -> NearestWords | Lear
 def train(trial: Trial, splits: Splits) -> tuple[Trained, Callable[[], Attacked]]:
     """Train one arm, and return it with what attacks the client's texts and labels."""
     shield = PROTECTIONS[trial.protection].build(trial.strength)
-    own = {"unsplit": setups.train_unsplit, "vanilla": setups.train_vanilla, "u_shaped": setups.train_u_shaped}
+    own: dict[str, Callable[[Training, Splits, Shield], Trained]] = {
+        "unsplit": setups.train_unsplit,
+        "vanilla": setups.train_vanilla,
+        "u_shaped": setups.train_u_shaped,
+    }
     trained = own[trial.training.protocol](trial.training, splits, shield)
     return trained, partial(attack, trial, trained, splits)
 
