@@ -9,10 +9,12 @@ from experiments.bench_faults import bench_faults
 from experiments.bench_he import he_overhead_figures
 from experiments.bench_import import import_time
 from experiments.bench_mpc import mpc_overhead_figures
+from experiments.bench_planner import planner_figures
 from experiments.bench_split import split_overhead
 from experiments.bench_transport import many_clients, transport_overhead
 from experiments.compression import COMPRESSION
 from experiments.continual import CONTINUAL, TASK_METHODS
+from experiments.controller import CONTROLLER
 from experiments.courses import PARADIGMS
 from experiments.credit_scoring import CREDIT_SCORING
 from experiments.detection import DETECTION
@@ -63,6 +65,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         COMPARISON,
         COMPRESSION,
         EARLY_EXITS,
+        CONTROLLER,
         PRIVACY_UTILITY,
         HE_OVERHEAD,
         MPC_OVERHEAD,
@@ -92,6 +95,9 @@ BENCHES: dict[str, Bench] = {
     "clients": Bench("seconds and bytes of 1 to 64 clients at once, and how well 8 foretell 64", many_clients),
     "cost-model": Bench(
         "how well the cost model foretells seconds of models that it was not fitted on", cost_model_figures
+    ),
+    "planner": Bench(
+        "does the planner find what measuring everything finds, and in how many trainings", planner_figures
     ),
     "faults": Bench("a server and clients killed 50 times in mid-training: does the model show it?", bench_faults),
     "import": Bench("what `import splitlearn` takes beyond `import torch`", import_time),

@@ -29,7 +29,7 @@ from splitlearn.data import Splits
 from splitlearn.devices import DEVICES, Device
 from splitlearn.network import PROFILES, Profile
 
-__all__ = ["COMPRESSIONS", "PROTECTIONS", "Plan", "plan"]
+__all__ = ["COMPRESSIONS", "PROTECTIONS", "FromFile", "Plan", "candidates_of", "plan", "zoo"]
 
 COMPRESSIONS = ("none", "int8", "ans4", "ans2")
 PROTECTIONS = ("none", "noise:0.02", "nopeek:3")
@@ -112,7 +112,7 @@ def plan(
     check_auxiliary(settings.attacks, len(loaded.auxiliary))
     bench = Workbench(subject, site, settings, out, jobs, progress)
     fresh = subject.make(loaded, settings.seeds[0])
-    candidates, skipped = _candidates(fresh, cuts, compressions, protections)
+    candidates, skipped = candidates_of(fresh, cuts, compressions, protections)
     costs = bench.costs(candidates)
     found = bench.plan(candidates, bounds, minimise)
     whole = tuple(bench.measure([Candidate(0), Candidate(len(fresh))]))
@@ -124,7 +124,7 @@ def plan(
     return answer
 
 
-def _candidates(
+def candidates_of(
     model: nn.Sequential, cuts: Sequence[str], compressions: Sequence[str], protections: Sequence[str]
 ) -> tuple[list[Candidate], list[str]]:
     """Return every cut × compression × protection that can be, and a line on each combination that cannot."""
@@ -211,11 +211,12 @@ def _maker(
     model: "Callable[[], nn.Sequential] | nn.Sequential | FromFile | None",
 ) -> Callable[[Splits, int], nn.Sequential]:
     if model is None:
-        return _zoo
+        return zoo
     return model if isinstance(model, FromFile) else partial(_own, model)
 
 
-def _zoo(splits: Splits, seed: int) -> nn.Sequential:
+def zoo(splits: Splits, seed: int) -> nn.Sequential:
+    """Return the zoo's model for the data."""
     return build_model(splits, seed=seed)
 
 

@@ -13,6 +13,7 @@ from matplotlib.image import imsave
 
 from experiments.compression_plot import compression_curves, compression_table
 from experiments.continual_plot import continual
+from experiments.controller_plot import controller, controller_table
 from experiments.detection_plot import detection, detection_table
 from experiments.early_exits_plot import early_exits, exits_table
 from experiments.figures import number, spread
@@ -44,7 +45,7 @@ from experiments.tables import (
 __all__ = ["build"]
 
 NO_PROTECTION = 0.9  # leakage, of 1, from which on the summary says that nothing is protected
-COMPARED = (paradigm_table, claims_table, compression_table, exits_table)
+COMPARED = (paradigm_table, claims_table, compression_table, exits_table, controller_table)
 TOLERATED_LOSS = 0.02  # of utility, in the sentence on what protects at little cost
 
 
@@ -73,7 +74,8 @@ def build(root: Path) -> Path:
     The pictures are ``tradeoff.png``, ``reconstructions.png``, where an ε is claimed ``privacy.png``, and of
     ``he_overhead`` ``encryption.png``, of ``mpc_overhead`` ``shares.png``, of ``detection`` ``detection.png``, of
     ``label_leakage`` ``labels.png``, of ``protection_grid``, ``paradigms``, ``non_iid``, ``continual``,
-    ``compression`` and ``early_exits`` one of that name, where members poisoned ``poisoning.png`` and ``backdoor.png``.
+    ``compression``, ``early_exits`` and ``controller`` one of that name, where members poisoned ``poisoning.png`` and
+    ``backdoor.png``.
 
     A picture that the records have no figures for is left out, and removed if an earlier report left it. A corrupt
     record is told of in the report; ``ValueError`` where there is none at all that can be read.
@@ -100,6 +102,7 @@ def build(root: Path) -> Path:
         "paradigms": paradigms(records, root / "paradigms.png"),
         "non_iid": non_iid(records, root / "non_iid.png"),
         "continual": continual(records, root / "continual.png"),
+        "controller": controller(records, root / "controller.png"),
         "early_exits": early_exits(records, root / "early_exits.png"),
         "compression": compression_curves(records, root / "compression.png"),
     }

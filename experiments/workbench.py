@@ -146,7 +146,7 @@ class Workbench:
 
     def costs(self, candidates: Sequence[Candidate]) -> dict[Candidate, Cost]:
         """Return what a sample costs under each candidate, by what the model trained unsplit sends."""
-        return {one: self._cost(one, *self._frames(one, self.start)) for one in candidates}
+        return {one: self.priced(one, *self._frames(one, self.start)) for one in candidates}
 
     def glimpse(self, candidates: Sequence[Candidate]) -> dict[Candidate, Glimpse]:
         """Return what a short training from the unsplit model tells of each, and a small attack."""
@@ -243,16 +243,16 @@ class Workbench:
         up, down = (sum(record.utility[key] for record in records) / len(records) for key in KEYS)
         assert lost is not None
         assert leakage is not None
-        return Measured(one, self._cost(one, up, down), lost, leakage)
+        return Measured(one, self.priced(one, up, down), lost, leakage)
 
     def _whole(self, one: Candidate) -> Measured:
         """Return what holds where nothing is split: the unsplit accuracy; everything leaks, or nothing does."""
         none, leaks = Spread.of([0.0]), Spread.of([ALL * (one.at == 0)])
         assert none is not None
         assert leaks is not None
-        return Measured(one, self._cost(one, *self._frames(one, self.start)), none, leaks)
+        return Measured(one, self.priced(one, *self._frames(one, self.start)), none, leaks)
 
-    def _cost(self, one: Candidate, up: float, down: float) -> Cost:
+    def priced(self, one: Candidate, up: float, down: float) -> Cost:
         """Return what a sample costs where its batch sends and receives so many bytes."""
         layers, at = self.layers, one.at
         if one.split and (shield := shield_of(one)).layers is not None:

@@ -19,9 +19,11 @@ from splitlearn.federation import (
     splitfed_v3_round,
 )
 from splitlearn.frames import Kind, Message, decode, encode
+from splitlearn.inference import infer
 from splitlearn.network import Emulated
 from splitlearn.party import Guard, Guards, Learner, Party
 from splitlearn.protocols import Joined, concatenated, parallel, summed, u_shaped, vanilla, vertical
+from splitlearn.recut import recut
 from splitlearn.remote import Remote, wire
 from splitlearn.service import Service
 from splitlearn.threat import Encoder, Grants, Threat, View, granted, observe
@@ -35,7 +37,7 @@ __all__ = [
     "Guards", "Int8", "Joined", "Kind", "Learner", "Member", "Message", "Metered", "Palette", "Party", "PerKind",
     "RandomK", "Recorded", "Remote", "RemoteMember", "Service", "Threat", "TopK", "Transport", "Uniform", "View",
     "Zstd", "apart_round", "batch_norm_entries", "concatenated", "cut", "decode", "encode", "epochs_of", "evaluate",
-    "fedavg_round", "fit", "granted", "in_turn_round", "join", "load_checkpoint", "mean", "observe", "parallel",
-    "parallel_round", "predict", "sample", "save_checkpoint", "serve", "splitfed_v1_round", "splitfed_v2_round",
-    "splitfed_v3_round", "summed", "u_shaped", "vanilla", "vertical", "wire",
+    "fedavg_round", "fit", "granted", "in_turn_round", "infer", "join", "load_checkpoint", "mean", "observe",
+    "parallel", "parallel_round", "predict", "recut", "sample", "save_checkpoint", "serve", "splitfed_v1_round",
+    "splitfed_v2_round", "splitfed_v3_round", "summed", "u_shaped", "vanilla", "vertical", "wire",
 ]  # fmt: skip

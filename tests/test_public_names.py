@@ -15,9 +15,9 @@ NAMES = [
     "Guards", "Int8", "Joined", "Kind", "Learner", "Member", "Message", "Metered", "Palette", "Party", "PerKind",
     "RandomK", "Recorded", "Remote", "RemoteMember", "Service", "Threat", "TopK", "Transport", "Uniform", "View",
     "Zstd", "apart_round", "batch_norm_entries", "concatenated", "cut", "decode", "encode", "epochs_of", "evaluate",
-    "fedavg_round", "fit", "granted", "in_turn_round", "join", "load_checkpoint", "mean", "observe", "parallel",
-    "parallel_round", "predict", "sample", "save_checkpoint", "serve", "splitfed_v1_round", "splitfed_v2_round",
-    "splitfed_v3_round", "summed", "u_shaped", "vanilla", "vertical", "wire",
+    "fedavg_round", "fit", "granted", "in_turn_round", "infer", "join", "load_checkpoint", "mean", "observe",
+    "parallel", "parallel_round", "predict", "recut", "sample", "save_checkpoint", "serve", "splitfed_v1_round",
+    "splitfed_v2_round", "splitfed_v3_round", "summed", "u_shaped", "vanilla", "vertical", "wire",
 ]  # fmt: skip
 
 
