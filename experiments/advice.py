@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["advice", "plan_table"]
 
+DEAR = 10.0  # points of accuracy, from which on less leakage is not worth a word
 LEAKY = 0.9  # from which on the advice says that nothing is protected
 
 
@@ -93,8 +94,12 @@ def _leaks(one: Measured) -> str:
 
 
 def _further(plan: "Plan", best: Measured) -> list[str]:
-    """Return what else on the front leaks less, if anything measured does."""
-    less = [one for one in plan.found.front if one.leakage.mean < best.leakage.low]
+    """Return what else on the front leaks less for some points more, if anything measured does."""
+    less = [
+        one
+        for one in plan.found.front
+        if one.leakage.mean < best.leakage.low and one.loss.mean < max(best.loss.mean, 0.0) + DEAR
+    ]
     if not less:
         return []
     one = min(less, key=lambda other: other.loss.mean)
@@ -141,7 +146,7 @@ def _effort(plan: "Plan") -> str:
     found = plan.found
     return (
         f"Of {len(plan.costs)} candidates {len(found.dear)} cost too much, {len(found.hopeless)} fell at a glimpse, "
-        f"{len(found.measured)} were trained whole and attacked, "
+        f"{len(found.measured)} {'was' if len(found.measured) == 1 else 'were'} trained whole and attacked, "
         f"{len(plan.costs) - len(found.dear) - len(found.hopeless) - len(found.measured)} could do no better."
     )
 

@@ -45,7 +45,7 @@ def _figures(out: Path) -> dict[str, float]:
     site = Site(DEVICES["phone"], DEVICES["server_gpu"], "wifi")
     bench = Workbench(subject, site, SETTINGS, out, available_cpus())
     candidates, _ = candidates_of(
-        subject.make(bench.splits, 0), ("weighted",), ("none", "ans4", "ans2"), ("none", "noise:0.02", "nopeek:3")
+        subject.make(bench.splits, 0), ("weighted",), ("none", "ans4", "ans2"), ("none", "noise:0.05", "nopeek:3")
     )
     glimpses = bench.glimpse(candidates)
     everything = {one.candidate: one for one in bench.measure(candidates)}

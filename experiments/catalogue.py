@@ -3,6 +3,7 @@
 from experiments.arrhythmia import ARRHYTHMIA
 from experiments.attribute import ATTRIBUTE
 from experiments.bench_aggregators import aggregator_speed
+from experiments.bench_codecs import entropy_figures
 from experiments.bench_cost import cost_model_figures
 from experiments.bench_dp import audit_power, dp_overhead
 from experiments.bench_faults import bench_faults
@@ -93,6 +94,7 @@ BENCHES: dict[str, Bench] = {
     ),
     "transport": Bench("what gRPC with mutual TLS costs over bare gRPC, and over one process", transport_overhead),
     "clients": Bench("seconds and bytes of 1 to 64 clients at once, and how well 8 foretell 64", many_clients),
+    "entropy": Bench("how near entropy coding comes to the entropy, on what a trained bottom sends", entropy_figures),
     "cost-model": Bench(
         "how well the cost model foretells seconds of models that it was not fitted on", cost_model_figures
     ),

@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from experiments.parts import Shield, number
-from splitlearn.codecs import Ans, Float16, Int8, Palette, PerKind, RandomK, TopK, Uniform, Zstd
+from splitlearn.codecs import Ans, ErrorFeedback, Float16, Int8, Palette, PerKind, RandomK, TopK, Uniform, Zstd
 from splitlearn.frames import Codec, Kind
 from splitlearn.quantisation import LearnedQuantiser, Pointwise
 
@@ -17,8 +17,9 @@ __all__ = ["COMPRESSIONS", "compressed"]
 COMPRESSIONS = (
     "float16, intB (B bits), ansB or zstdB (the same, entropy-coded), learnedB (a learned step), a fraction (top-k), "
     "randomF (random-k), narrowF (a bottleneck of so many channels), awareB (weights below the cut of B bits); "
-    "joined by +, as in narrow0.25+ans4"
+    "joined by +, as in narrow0.25+ans4; updateNAME, of members' updates with error feedback, as in update0.1"
 )
+UPDATE = "update"
 GRADIENTS = frozenset({Kind.GRADIENT})
 NAMED = re.compile(r"(float|int|ans|zstd|learned|aware|random|narrow)(\d+(?:\.\d+)?)")
 BY_BITS: dict[str, Callable[[int], Codec]] = {
@@ -37,6 +38,9 @@ def compressed(strength: str) -> Shield:
     """
     shield = Shield()
     for part in strength.split("+"):
+        if part.startswith(UPDATE):
+            shield = replace(shield, updates=partial(_fed_back, _inner(part)))
+            continue
         name, value = found.groups() if (found := NAMED.fullmatch(part)) else ("", part)
         own = _part(name, value, part)
         if own.codec is not None and shield.codec is not None:
@@ -51,6 +55,20 @@ def compressed(strength: str) -> Shield:
     return shield
 
 
+def _inner(part: str) -> str:
+    """Return what packs an update, once it has been seen to be a codec."""
+    own = compressed(part.removeprefix(UPDATE))
+    if own.codec is None or own.layers is not None or own.updates is not None:
+        raise ValueError(f"expected a codec after {UPDATE}, got {part!r}; for example update0.1 or updateint8")
+    return part.removeprefix(UPDATE)
+
+
+def _fed_back(inner: str) -> Codec:
+    codec = compressed(inner).codec
+    assert codec is not None
+    return ErrorFeedback(codec)
+
+
 def _part(name: str, value: str, part: str) -> Shield:
     if name == "float" and value == "16":
         return Shield(codec=Float16())
@@ -60,7 +78,10 @@ def _part(name: str, value: str, part: str) -> Shield:
     if name in BY_BITS:
         return Shield(codec=BY_BITS[name](_bits(value, part)))
     if name == "aware":
-        return Shield(weight_bits=_bits(value, part))
+        bits = _bits(value, part)
+        if not 2 <= bits <= 8:
+            raise ValueError(f"expected weights of 2 to 8 bits, got {part!r}")
+        return Shield(weight_bits=bits)
     if name == "random":
         return Shield(codec=RandomK(float(value)))
     if name == "narrow":

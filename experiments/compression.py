@@ -51,8 +51,10 @@ def tasks(config: Config, options: Options) -> list[Task]:
 @torch.no_grad()
 def rate(trial: Trial, trained: Trained, splits: Splits) -> dict[str, float]:
     """Return how small a real frame of test activations is, beside one of the plain stage's activation in float32."""
+    if trial.shield().updates is not None:
+        return _rate_of_updates(trial, trained)
     if trained.encoder is None:
-        return {}
+        return {"times_smaller": 1.0, "bits_per_entry": 32.0}
     x = splits.test.x[:PACKED].to(trial.training.device)
     z = trained.encoder(x).cpu()
     plain = cut(build_model(splits, seed=0), trial.training.cut)[0](splits.test.x[:1])
@@ -60,6 +62,15 @@ def rate(trial: Trial, trained: Trained, splits: Splits) -> dict[str, float]:
     bare = len(encode(Message("predict", {Kind.ACTIVATION: torch.zeros(shape, dtype=plain.dtype)})))
     sent = len(encode(Message("predict", {Kind.ACTIVATION: z}), trial.shield().codec))
     return {"times_smaller": bare / sent, "bits_per_entry": 8 * sent / prod(shape)}
+
+
+def _rate_of_updates(trial: Trial, trained: Trained) -> dict[str, float]:
+    """Return the same for updates: the bytes of all that crossed, beside those of float32."""
+    averaged = trained.model if trial.training.protocol == "fedavg" else next(trained.model.children())
+    entries = sum(one.numel() for one in averaged.state_dict().values() if one.is_floating_point())
+    sent = sum(kinds.get(Kind.UPDATE, 0) for kinds in trained.nbytes.values())
+    bits = 8 * sent / (entries * trial.training.epochs * trial.training.clients)
+    return {"times_smaller": 32 / bits, "bits_per_entry": bits}
 
 
 COMPRESSION = Experiment(

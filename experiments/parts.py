@@ -32,7 +32,7 @@ class Shield:
 
     ``layers(channels)`` makes what comes last in the bottom, for activations of so many channels, or columns, and
     ``above(channels)`` what comes first in the stage above, which undoes it. ``weight_bits`` rounds the bottom's
-    weights in training, 0 leaves them.
+    weights in training, 0 leaves them. ``updates()`` makes a codec for one member's updates of its weights.
     """
 
     guard: Guard = field(default_factory=Guard)
@@ -40,6 +40,7 @@ class Shield:
     layers: Callable[[int], nn.Module] | None = None
     above: Callable[[int], nn.Module] | None = None
     weight_bits: int = 0
+    updates: Callable[[], Codec] | None = None
 
     def shaped(self, bottom: nn.Module, x: Tensor) -> nn.Module:
         """Return the bottom with these layers after it; ``x`` is an input [1, …] of its."""
@@ -265,6 +266,7 @@ class Protocol:
     activations_cross: bool = True
     infiltrable: bool = False  # whether ``train`` takes ``infiltrate``: somebody else in the server's place
     labels_cross: bool = True  # whether the server is sent labels
+    updates_cross: bool = False  # whether members send what they changed of their weights, which a codec may pack
 
     @property
     def summary(self) -> str:

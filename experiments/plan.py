@@ -32,7 +32,7 @@ from splitlearn.network import PROFILES, Profile
 __all__ = ["COMPRESSIONS", "PROTECTIONS", "FromFile", "Plan", "candidates_of", "plan", "zoo"]
 
 COMPRESSIONS = ("none", "int8", "ans4", "ans2")
-PROTECTIONS = ("none", "noise:0.02", "nopeek:3")
+PROTECTIONS = ("none", "noise:0.02", "noise:0.05", "nopeek:3")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def plan(
     network: str | Profile = "wifi",
     batch: int = 1,
     training: bool = False,
-    bounds: Bounds = Bounds(loss=1.0, leakage=0.5),
+    bounds: Bounds = Bounds(loss=2.0, leakage=0.5),
     minimise: str = "seconds",
     cuts: Sequence[str] = ("weighted",),
     compressions: Sequence[str] = COMPRESSIONS,

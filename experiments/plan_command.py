@@ -27,7 +27,7 @@ def plan(
     minimise: Annotated[
         str, typer.Option(help="seconds, joules, nbytes, leakage or loss.", metavar="NAME")
     ] = "seconds",
-    max_loss: Annotated[float, typer.Option(help="Points of accuracy lost, of 100.", rich_help_panel=BOUNDS)] = 1.0,
+    max_loss: Annotated[float, typer.Option(help="Points of accuracy lost, of 100.", rich_help_panel=BOUNDS)] = 2.0,
     max_leakage: Annotated[float, typer.Option(help="Of inputs, from 0 to 1.", rich_help_panel=BOUNDS)] = 0.5,
     max_seconds: Annotated[
         float, typer.Option(help="Per sample.", rich_help_panel=BOUNDS, show_default=False)
@@ -73,7 +73,7 @@ def plan(
     ] = "none,int8,ans4,ans2",
     protections: Annotated[
         str, typer.Option(metavar="NAME:STRENGTH,…", help="See splitlearn list protections.", rich_help_panel=GRID)
-    ] = "none,noise:0.02,nopeek:3",
+    ] = "none,noise:0.02,noise:0.05,nopeek:3",
     attacks: Annotated[
         str, typer.Option(metavar="NAME,…", help="Attacks on what crosses.", rich_help_panel=RUN)
     ] = "decoder",

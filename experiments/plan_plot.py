@@ -22,6 +22,8 @@ UNITS = {
     "nbytes": ("bytes a sample", 1),
 }
 WHOLE = "not split"
+WIDE = 10  # times the least cost, from which on the axis is logarithmic
+LOSSES = (-5, 0, 1, 2, 5, 10, 20, 50, 100)
 
 
 def plan_picture(found: Found, costs: Mapping[Candidate, Cost], bounds: Bounds, against: str, path: Path) -> Path:
@@ -62,7 +64,8 @@ def plan_picture(found: Found, costs: Mapping[Candidate, Cost], bounds: Bounds, 
         spent = getattr(bounds, against)
         if spent < inf:
             axes.axvline(scale * spent, color=NEUTRAL, linestyle=(0, (4, 2)), linewidth=1.1)
-        axes.set_xscale("symlog" if min(cost.values(), default=0) <= 0 else "log")
+        if cost and max(cost.values()) > WIDE * min(cost.values()) > 0:
+            axes.set_xscale("log")
         axes.set_xlabel(word)
         axes.grid(color="#E6E6E6", linewidth=0.7)
         axes.set_axisbelow(True)
@@ -70,6 +73,8 @@ def plan_picture(found: Found, costs: Mapping[Candidate, Cost], bounds: Bounds, 
     left.set_ylabel("leakage (worst attack's advantage)")
     left.set_ylim(-0.05, 1.08)
     right.set_ylabel("points of accuracy lost")
+    right.set_yscale("symlog", linthresh=5)
+    right.set_yticks(LOSSES, [str(one) for one in LOSSES])
     _legend(figure, left, colours, markers)
     below(
         figure,

@@ -186,9 +186,17 @@ def run_trial(trial: Trial, data_dir: Path | None, also: Also = nothing) -> Outc
 
 
 def _applicable(protocol: str, protections: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the protections that can do something: where no activation crosses, none of them."""
+    """Return the protections that can do something: of activations where some cross, of updates where some do."""
+    on_updates = [one for one in protections if PROTECTIONS[one[0]].build(one[1]).updates is not None]
+    if on_updates and not PROTOCOLS[protocol].updates_cross:
+        fits = ", ".join(name for name, one in PROTOCOLS.items() if one.updates_cross)
+        raise ValueError(
+            f"expected protocols whose members send updates, {fits}, for {spec_of(*on_updates[0])}, got {protocol}"
+        )
     if PROTOCOLS[protocol].activations_cross:
         return protections
+    if on_updates:
+        return [one for one in protections if one in on_updates or one == ("none", "")]
     if ("none", "") not in protections:
         raise ValueError(
             f"no activation crosses under {protocol}, so these protections would do nothing; add none to --protections"
