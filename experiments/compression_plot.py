@@ -29,13 +29,15 @@ def compression_table(points: Sequence[Point]) -> Table | None:
     found = [point for point in points if point.records[0].experiment == EXPERIMENT and point.utility(RATE)]
     if not found:
         return None
+    found.sort(key=lambda point: (point.setting, -point.utility(RATE).mean))  # type: ignore[union-attr]
+    settings = list(dict.fromkeys(point.setting.title for point in found))
     rows = []
     for point in found:
         same = (other for other in found if other.setting == point.setting and not other.protected)
         bare = next(iter(same), None)
         cells = {
             "compression": _name(point),
-            "setting": point.setting.title,
+            **({"setting": point.setting.title} if len(settings) > 1 else {}),
             "seeds": str(len(point.seeds)),
             "bits an entry": _shown(point.utility(RATE)),
             "times smaller": _shown(point.utility("times_smaller")),
@@ -45,13 +47,13 @@ def compression_table(points: Sequence[Point]) -> Table | None:
             "bytes in all": "—" if (total := point.nbytes()) is None else count(total.mean),
         }
         rows.append(tuple(cells.values()))
-    caption = (
+    caption = (f"{settings[0]}. " if len(settings) == 1 else "") + (
         "Means over the seeds. The rate is that of a real frame of 64 test activations, headers and tables included, "
         "beside the plain stage's activation in float32; points of accuracy lost are against no compression, seed by "
         "seed, with the lowest and the highest. Bytes in all are those of the whole training, gradients packed too. "
         "Leakage: the worst attack's advantage, by an attacker who knows the codec."
     )
-    return Table(caption, tuple(cells), tuple(rows), 2)
+    return Table(caption, tuple(cells), tuple(rows), 1 + (len(settings) > 1))
 
 
 def compression_curves(records: Sequence[Record], path: Path) -> Path | None:
@@ -155,7 +157,9 @@ def _lost(point: Point, bare: Point | None) -> str:
     lost = Spread.of(
         100 * (before[record.seed] - record.utility["accuracy"]) for record in point.records if record.seed in before
     )
-    return "—" if lost is None else f"{lost.mean:.2f} [{lost.low:.2f}, {lost.high:.2f}]"
+    if lost is None:
+        return "—"
+    return f"{lost.mean:.2f}" + (f" ({lost.low:.2f} to {lost.high:.2f})" if lost.n > 1 else "")
 
 
 def _shown(found: Spread | None) -> str:

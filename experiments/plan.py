@@ -55,6 +55,11 @@ class Plan:
         return self.found.best
 
     @property
+    def front(self) -> tuple[Measured, ...]:
+        """What was measured that nothing else measured beats in time, loss and leakage at once."""
+        return self.found.front
+
+    @property
     def advice(self) -> list[str]:
         """The recommendation in plain sentences."""
         return advice(self)
@@ -77,6 +82,7 @@ def plan(
     training: bool = False,
     bounds: Bounds = Bounds(loss=2.0, leakage=0.5),
     minimise: str = "seconds",
+    whole_front: bool = False,
     cuts: Sequence[str] = ("weighted",),
     compressions: Sequence[str] = COMPRESSIONS,
     protections: Sequence[str] = PROTECTIONS,
@@ -97,8 +103,8 @@ def plan(
     Every candidate that affords its costs is glimpsed: the unsplit model trains on under it for a fifth of the epochs,
     from one seed, and meets the smallest attack. Those that are within reach of the bounds are trained whole, over all
     seeds, and meet the whole of ``settings.attacks``, cheapest first, until one keeps the bounds by the means over its
-    seeds; ``docs/costs.md`` says how often that is what measuring everything would give. Records lie under ``out``;
-    the same call goes on where it was interrupted.
+    seeds; ``docs/costs.md`` says how often that is what measuring everything would give. With ``whole_front`` all that
+    are not hopeless are measured. Records lie under ``out``; the same call goes on where it was interrupted.
 
     What it does not tell: leakage by attacks that were not run, and of labels, which cross in the clear in training.
     """
@@ -114,7 +120,7 @@ def plan(
     fresh = subject.make(loaded, settings.seeds[0])
     candidates, skipped = candidates_of(fresh, cuts, compressions, protections)
     costs = bench.costs(candidates)
-    found = bench.plan(candidates, bounds, minimise)
+    found = bench.plan(candidates, bounds, minimise, whole_front=whole_front)
     whole = tuple(bench.measure([Candidate(0), Candidate(len(fresh))]))
     accuracy = sum(bench.baseline.values()) / len(bench.baseline)
     against = minimise if minimise in KNOWN else "seconds"

@@ -27,6 +27,9 @@ def plan(
     minimise: Annotated[
         str, typer.Option(help="seconds, joules, nbytes, leakage or loss.", metavar="NAME")
     ] = "seconds",
+    whole_front: Annotated[
+        bool, typer.Option("--whole-front", help="Measure all that are not hopeless, not only until the plan is known.")
+    ] = False,
     max_loss: Annotated[float, typer.Option(help="Points of accuracy lost, of 100.", rich_help_panel=BOUNDS)] = 2.0,
     max_leakage: Annotated[float, typer.Option(help="Of inputs, from 0 to 1.", rich_help_panel=BOUNDS)] = 0.5,
     max_seconds: Annotated[
@@ -119,6 +122,7 @@ def plan(
         training=training,
         bounds=Bounds(max_loss, max_leakage, max_seconds, max_joules, max_bytes),
         minimise=minimise,
+        whole_front=whole_front,
         cuts=listed(str)(cuts),
         compressions=listed(str)(compressions),
         protections=listed(str)(protections),

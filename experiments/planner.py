@@ -135,11 +135,13 @@ def search(
     measure: Callable[[Sequence[Candidate]], Sequence[Measured]],
     slack: Slack | None = None,
     at_once: int = 1,
+    whole_front: bool = False,
 ) -> Found:
     """Return the best plan under ``bounds``, and what was seen on the way.
 
     ``costs`` are the candidates, with what a sample costs each. ``at_once`` are measured in one go. Of equal ones the
-    first counts. The result is that of measuring everything, unless a glimpse misleads by more than the ``slack``, or
+    first counts. With ``whole_front`` it goes on after the best is known, until all that are not hopeless are measured.
+    The result is that of measuring everything, unless a glimpse misleads by more than the ``slack``, or
     bytes change in training (entropy coding) more than the costs' order does.
     """
     if minimise not in OBJECTIVES:
@@ -164,7 +166,7 @@ def search(
     waiting = sorted(hopeful, key=least)
     measured: list[Measured] = []
     best: Measured | None = None
-    while waiting and (best is None or least(waiting[0]) < best.objective(minimise)):
+    while waiting and (whole_front or best is None or least(waiting[0]) < best.objective(minimise)):
         now, waiting = waiting[:at_once], waiting[at_once:]
         for one in measure(now):
             measured.append(one)

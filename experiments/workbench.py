@@ -174,13 +174,16 @@ class Workbench:
             for one in candidates
         ]
 
-    def plan(self, candidates: Sequence[Candidate], bounds: Bounds, minimise: str) -> Found:
+    def plan(
+        self, candidates: Sequence[Candidate], bounds: Bounds, minimise: str, *, whole_front: bool = False
+    ) -> Found:
         """Return the best of the candidates under the bounds; the device's memory is one of them."""
         bounds = replace(bounds, memory=min(bounds.memory, self.site.edge.memory))
         at_once = 1 if self.jobs == 1 else 2  # so that no worker waits for the last seed
         return search(
-            self.costs(candidates), bounds, minimise, glimpse=self.glimpse, measure=self.measure, at_once=at_once
-        )
+            self.costs(candidates), bounds, minimise, glimpse=self.glimpse, measure=self.measure, at_once=at_once,
+            whole_front=whole_front,
+        )  # fmt: skip
 
     def _trained(self, seed: int) -> tuple[dict[str, Tensor], float]:
         """Return weights and accuracy of the unsplit training, from its file where there is one."""

@@ -39,7 +39,8 @@ def test_a_name_may_bring_layers_and_rounded_weights():
         ("int9", "whole bits from 1 to 8"), ("int2.5", "expected whole bits, got 'int2.5'"),
         ("gzip", "a fraction to keep"), ("learned12", "from 1 to 8"), ("update", "a fraction to keep"),
         ("int4+int8", "expected one codec, got two"), ("narrow2", "between 0 and 1, got 'narrow2'"),
-        ("updatenarrow0.5", "expected a codec after update"), ("1.5", r"in \(0, 1\]"), ("aware1", "weights of 2 to 8 bits"),
+        ("updatenarrow0.5", "expected a codec after update"), ("1.5", r"in \(0, 1\]"),
+        ("aware1", "weights of 2 to 8 bits"),
     ],
 )  # fmt: skip
 def test_what_is_none_is_refused_in_a_line(name, line):

@@ -133,6 +133,18 @@ def test_the_front_is_what_nothing_beats():
     assert {one.candidate for one in found.front} == {a, c, d}
 
 
+def test_the_whole_front_is_measured_where_asked():
+    a, b, c, d = candidates(4)
+    world = World({a: (cost(1), 0.5, 0.3), b: (cost(2), 0.4, 0.2), c: (cost(3), 50.0, 0.0), d: (cost(4), 0.1, 0.1)})
+    found = search(
+        world.costs, Bounds(loss=1), "seconds", glimpse=world.glimpse, measure=world.measure, whole_front=True
+    )  # fmt: skip
+    assert found.best is not None
+    assert found.best.candidate == a
+    assert [one.candidate for one in found.front] == [a, b, d]
+    assert found.hopeless == (c,)
+
+
 def test_bad_input_is_one_clear_line():
     world = World({})
     with pytest.raises(ValueError, match="expected something to minimise among seconds, joules, nbytes, leakage, loss"):
