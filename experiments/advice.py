@@ -55,8 +55,8 @@ def plan_table(plan: "Plan") -> Table:
         strong |= {number_} if keeps else set()
     caption = (
         "Per sample: time, the device's energy, bytes both ways; points of accuracy lost against the unsplit model and "
-        f"leakage, means over the seeds with the lowest and the highest. * the plan; on the front: nothing else measured "
-        f"is as good in time, loss and leakage and better in one. {_where(plan)}"
+        f"leakage, means over the seeds with the lowest and the highest. * the plan; on the front: nothing else "
+        f"measured is as good in time, loss and leakage and better in one. {_where(plan)}"
     )
     heads = ("candidate", "time", "energy", "bytes", "points lost", "leakage", "in bounds", "on the front")
     return Table(caption, heads, tuple(rows), 1, strong=frozenset(strong))
