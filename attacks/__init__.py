@@ -30,6 +30,7 @@ from attacks.membership.lira import LiRA, halves, likelihood_ratio
 from attacks.membership.points import ActivationPoint, GradientPoint, LogitPoint, Point
 from attacks.membership.threshold import LossThreshold
 from attacks.properties.attribute import AttributeInference
+from attacks.properties.sizes import SizeGuess
 from attacks.shares.first_party import FirstParty
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "SentLabels",
     "Shadow",
     "Similarity",
+    "SizeGuess",
     "Spectral",
     "SplitSpy",
     "UnSplit",

@@ -20,6 +20,7 @@ from experiments.courses import PARADIGMS
 from experiments.credit_scoring import CREDIT_SCORING
 from experiments.detection import DETECTION
 from experiments.early_exits import EARLY_EXITS
+from experiments.enclave import ENCLAVE
 from experiments.experiment import Experiment
 from experiments.he_overhead import HE_OVERHEAD
 from experiments.ingredients import ATTACKS, BUILT_ATTACKS, DETECTORS, PROTECTIONS, PROTOCOLS
@@ -66,6 +67,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         COMPARISON,
         COMPRESSION,
         EARLY_EXITS,
+        ENCLAVE,
         CONTROLLER,
         PRIVACY_UTILITY,
         HE_OVERHEAD,

@@ -376,6 +376,7 @@ def _show_files(folder: Path) -> None:
         "continual.png",
         "compression.png",
         "early_exits.png",
+        "enclave.png",
         "controller.png",
         "tradeoff.png",
         "reconstructions.png",

@@ -9,6 +9,7 @@ from rich.table import Table
 from experiments.compression_plot import compression_table
 from experiments.controller_plot import controller_table
 from experiments.early_exits_plot import exits_table
+from experiments.enclave_plot import enclave_table
 from experiments.figures import count, seconds
 from experiments.paradigm_plot import claims_table, paradigm_table
 from experiments.record import UNDERTRAINED, Record
@@ -35,7 +36,12 @@ def closing_tables(records: Iterable[Record]) -> Iterator[Table]:
         yield plain(compared)
         yield from [] if said is None else [plain(said)]
         return
-    for table in (compression_table(points), exits_table(points, brief=True), controller_table(points)):
+    for table in (
+        compression_table(points),
+        exits_table(points, brief=True),
+        enclave_table(points, brief=True),
+        controller_table(points),
+    ):
         if table is not None:
             yield plain(table)
             return

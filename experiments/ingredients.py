@@ -363,6 +363,9 @@ BUILT_ATTACKS: dict[str, BuiltAttack] = {
         "words by the nearest activation of the bottom, which the server knows, at each place (text_classification)"
     ),
     "learned": BuiltAttack("words by a classifier of what the bottom answers to auxiliary texts (text_classification)"),
+    "sizes": BuiltAttack(
+        "the class of a sample by the sizes and times of its sealed frames, as an enclave's host sees them (enclave)"
+    ),
     "read_labels": BuiltAttack("labels as they are sent to the server (the case studies)"),
     "attribute": BuiltAttack(
         "an attribute of private samples by a classifier of activations (Song & Shmatikov 2020; attribute)"
@@ -371,13 +374,14 @@ BUILT_ATTACKS: dict[str, BuiltAttack] = {
 
 PROTOCOLS: dict[str, Protocol] = {
     "vanilla": Protocol(setups.train_vanilla, infiltrable=True),
+    "enclave": Protocol(setups.train_enclave, activations_cross=False),
     "u_shaped": Protocol(setups.train_u_shaped, infiltrable=True, labels_cross=False),
-    "splitfed_v1": Protocol(setups.train_splitfed_v1),
-    "splitfed_v2": Protocol(setups.train_splitfed_v2),
+    "splitfed_v1": Protocol(setups.train_splitfed_v1, updates_cross=True),
+    "splitfed_v2": Protocol(setups.train_splitfed_v2, updates_cross=True),
     "splitfed_v3": Protocol(setups.train_splitfed_v3),
     "parallel": Protocol(setups.train_parallel),
     "vertical": Protocol(setups.train_vertical),
-    "fedavg": Protocol(setups.train_fedavg, activations_cross=False),
+    "fedavg": Protocol(setups.train_fedavg, activations_cross=False, updates_cross=True),
     "he_u_dp": Protocol(encrypted.train_he_u_dp, activations_cross=False),
     "he_encw": Protocol(encrypted.train_he_encw, activations_cross=False),
     "he_inference": Protocol(encrypted.train_he_inference, activations_cross=False),

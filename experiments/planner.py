@@ -72,7 +72,7 @@ class Bounds:
 class Slack:
     """How far beyond a bound a glimpse may lie for its candidate to be measured all the same."""
 
-    loss: float = 3.0  # points: a short training is not a whole one
+    loss: float = 5.0  # points: a short training is not a whole one
     leakage: float = 0.05  # the small attack gets less than the whole family, so that its bound is nearly sure
 
 

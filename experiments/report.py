@@ -16,6 +16,7 @@ from experiments.continual_plot import continual
 from experiments.controller_plot import controller, controller_table
 from experiments.detection_plot import detection, detection_table
 from experiments.early_exits_plot import early_exits, exits_table
+from experiments.enclave_plot import enclave_leaks, enclave_table
 from experiments.figures import number, spread
 from experiments.gallery import Row, gallery, strip
 from experiments.grid_plot import protection_grid
@@ -45,7 +46,7 @@ from experiments.tables import (
 __all__ = ["build"]
 
 NO_PROTECTION = 0.9  # leakage, of 1, from which on the summary says that nothing is protected
-COMPARED = (paradigm_table, claims_table, compression_table, exits_table, controller_table)
+COMPARED = (paradigm_table, claims_table, compression_table, exits_table, enclave_table, controller_table)
 TOLERATED_LOSS = 0.02  # of utility, in the sentence on what protects at little cost
 
 
@@ -74,7 +75,7 @@ def build(root: Path) -> Path:
     The pictures are ``tradeoff.png``, ``reconstructions.png``, where an ε is claimed ``privacy.png``, and of
     ``he_overhead`` ``encryption.png``, of ``mpc_overhead`` ``shares.png``, of ``detection`` ``detection.png``, of
     ``label_leakage`` ``labels.png``, of ``protection_grid``, ``paradigms``, ``non_iid``, ``continual``,
-    ``compression``, ``early_exits`` and ``controller`` one of that name, where members poisoned ``poisoning.png`` and
+    ``compression``, ``early_exits``, ``enclave`` and ``controller`` one of that name, where members poisoned ``poisoning.png`` and
     ``backdoor.png``.
 
     A picture that the records have no figures for is left out, and removed if an earlier report left it. A corrupt
@@ -103,6 +104,7 @@ def build(root: Path) -> Path:
         "non_iid": non_iid(records, root / "non_iid.png"),
         "continual": continual(records, root / "continual.png"),
         "controller": controller(records, root / "controller.png"),
+        "enclave": enclave_leaks(records, root / "enclave.png"),
         "early_exits": early_exits(records, root / "early_exits.png"),
         "compression": compression_curves(records, root / "compression.png"),
     }

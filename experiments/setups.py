@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from privacy.mpc import SecureMean, SecureMember, Servers
 from splitlearn.codecs import through
 from splitlearn.cut import cut
 from splitlearn.data import Splits, partition
+from splitlearn.enclave import Attested, Host, enclosed
 from splitlearn.features import Features
 from splitlearn.federation import (
     FedMember,
@@ -42,8 +44,11 @@ from splitlearn.train import Batches, Predictor, epochs_of, fit
 from splitlearn.wire import Framed, Metered, serve
 
 __all__ = [
+    "ATTESTED",
+    "HOST",
     "counted",
     "over_wires",
+    "train_enclave",
     "train_fedavg",
     "train_parallel",
     "train_splitfed_v1",
@@ -61,6 +66,11 @@ LABELLED = ["the activation of every sample, in training and prediction", "the l
 UNLABELLED = ["the activation of every sample, in training and prediction", "gradients of the loss at its output"]
 FED = ["every client's weights after every round", "how many samples each client has"]
 NOTHING = ["gradients at the cut", "the loss"]
+HOST = ["how many bytes each sealed frame has, which way it goes, and when", "no tensor"]
+ATTESTED = Attested(
+    runs="the stage above the cut, its optimizer and what hands bottoms on, and keeps what it is sent to itself",
+    vouched="the processor's maker, by a remote attestation that every client checks before its first frame",
+)
 
 
 def train_unsplit(training: Training, splits: Splits, shield: Shield, *, model: nn.Sequential | None = None) -> Trained:
@@ -92,6 +102,39 @@ def train_vanilla(
     losses = table.rounds(lambda: in_turn_round(table.remote, table.bottom))
     table.members[0].learner.load_weights(table.bottom.weights())
     return table.finished(losses, {"server": [*LABELLED, "every bottom handed on"], "client": NOTHING})
+
+
+def train_enclave(training: Training, splits: Splits, shield: Shield) -> Trained:
+    """Vanilla split learning with the server in an enclave, modelled: its host sees sizes and times of sealed frames.
+
+    What is computed is vanilla's to the bit. All bytes are of sealed frames, the clients' handing on of bottoms too.
+    """
+    plain = _table(training, splits, shield, shared=True)
+    hosts: list[Host] = []
+
+    def sealed(party: Any, codec: Codec | None, requests: str) -> Framed:
+        carrier, host = enclosed(serve(Service({party.name: party}), codec), ATTESTED, requests=requests)
+        hosts.append(host)
+        return Framed(carrier, codec)
+
+    seats = [Remote(one.name, sealed(one, shield.codec, "up"), one.name) for one in plain.sessions.values()]
+    members = [
+        Member(one, seat, own)
+        for one, seat, own in zip([member.learner for member in plain.members], seats, plain.batches, strict=True)
+    ]
+    remote: list[RemoteMember] = []
+    if training.clients > 1:
+        remote = [RemoteMember(one.name, sealed(one, None, "down"), one.name) for one in members]
+    table = replace(plain, members=members, remote=remote)
+    losses = table.rounds(lambda: in_turn_round(remote, table.bottom) if remote else apart_round(members))
+    if remote:
+        members[0].learner.load_weights(table.bottom.weights())
+    handed_on = ["every bottom handed on"] if remote else []
+    inside = [f"{what}: trusted by assumption" for what in (*LABELLED, *handed_on)]
+    visible = {"host": [*HOST, *ATTESTED.in_words()], "enclave": inside, "client": NOTHING}
+    nbytes = {way: dict(sum((Counter(host.nbytes[way]) for host in hosts), Counter())) for way in ("up", "down")}
+    chain: list[Predictor] = [members[0].learner, seats[0]]
+    return replace(table.finished(losses, visible), chain=chain, nbytes=nbytes, record=None)
 
 
 def train_u_shaped(
@@ -169,7 +212,7 @@ def train_fedavg(training: Training, splits: Splits, shield: Shield) -> Trained:
     everywhere = Learner("fed server", model)
     batches = _shares(training, splits)
     members = [Member(_client(training, model, Shield(), number), None, own) for number, own in enumerate(batches)]
-    remote, meters = over_wires(members)
+    remote, meters = over_wires(members, shield.updates)
     losses = _rounds(training, members, batches, lambda: fedavg_round(remote, everywhere))
     return Trained([everywhere], model, losses, counted(meters), {"fed server": FED}, batches[0].x, batches[0].y)
 
@@ -307,7 +350,7 @@ def _table(
     wires = [wire(one, shield.codec) for one in seated]
     batches = _shares(training, splits)
     members = [Member(one, line.party, own) for one, line, own in zip(clients, wires, batches, strict=True)]
-    remote, meters = over_wires(members)
+    remote, meters = over_wires(members, shield.updates)
     return _Table(
         training, batches, members, remote, sessions, wires, meters, Learner("bottom", bottom), server, shield
     )
@@ -344,10 +387,22 @@ def _shares(training: Training, splits: Splits) -> list[Batches]:
     return [_batches(training, x[rows], y[rows]) for rows in partition.iid(len(x), training.clients, training.seed)]
 
 
-def over_wires(members: Sequence[FedMember]) -> tuple[list[RemoteMember], list[Metered]]:
-    """Return the members as the fed server sees them, its requests going down, and the meters on the way."""
-    meters = [Metered(serve(Service({member.name: member})), requests="down") for member in members]
-    remote = [RemoteMember(one.name, Framed(meter), one.name) for one, meter in zip(members, meters, strict=True)]
+def over_wires(
+    members: Sequence[FedMember], updates: Callable[[], Codec] | None = None
+) -> tuple[list[RemoteMember], list[Metered]]:
+    """Return the members as the fed server sees them, its requests going down, and the meters on the way.
+
+    With ``updates`` they answer with updates, each member's packed by a codec of its own.
+    """
+    codecs = [None if updates is None else updates() for _ in members]
+    meters = [
+        Metered(serve(Service({one.name: one}), codec), requests="down")
+        for one, codec in zip(members, codecs, strict=True)
+    ]
+    remote = [
+        RemoteMember(one.name, Framed(meter, codec), one.name, updates=codec is not None)
+        for one, meter, codec in zip(members, meters, codecs, strict=True)
+    ]
     return remote, meters
 
 

@@ -5,6 +5,7 @@ is an error that names the grant.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from splitlearn.codecs import through
+from splitlearn.enclave import Host
 from splitlearn.frames import Codec, Kind, Message
 from splitlearn.party import Guard
 from splitlearn.wire import Exchange, Recorded
 
-__all__ = ["Encoder", "Grants", "Threat", "View", "granted", "observe"]
+__all__ = ["Encoder", "Grants", "Threat", "View", "granted", "observe", "observe_host"]
 
 T = TypeVar("T")
 
@@ -51,7 +53,7 @@ class Threat:
         knows = [
             "every kind of message on its wire"
             if self.sees == frozenset(Kind)
-            else "on its wire: " + ", ".join(sorted(self.sees))
+            else "on its wire: " + (", ".join(sorted(self.sees)) or "no tensor, but how many bytes pass, and when")
         ]
         if self.white_box:
             knows.append("the client's weights, guard and codec")
@@ -109,6 +111,9 @@ class Grants:
     auxiliary_y: Tensor | None = None
     own_x: Tensor | None = None  # the inputs [N, …] of what crossed, in that order
     y: Tensor | None = None  # the labels [N] of what crossed, in that order, of which hints are taken
+    sizes_of: Callable[[Tensor], Tensor] | None = (
+        None  # sends inputs, one an exchange; returns rows like a Host's sizes
+    )
 
     def __post_init__(self) -> None:
         if not (self.encoder is None or isinstance(self.encoder, Encoder)):
@@ -120,11 +125,12 @@ class Grants:
 
 @dataclass(frozen=True)
 class View:
-    """What one adversary saw and knows. Made by ``observe``."""
+    """What one adversary saw and knows. Made by ``observe``, or by ``observe_host``."""
 
     threat: Threat
     exchanges: tuple[Exchange, ...]
     _granted: Grants = field(repr=False)
+    _sizes: Tensor | None = field(default=None, repr=False)
 
     def tensors(self, kind: Kind, *, verb: str | None = None) -> list[Tensor]:
         """Return the tensors of one kind in the order in which they crossed, of one verb's exchanges or of all."""
@@ -147,12 +153,22 @@ class View:
                 f"this attack reads activations of {verb!r} requests, and none crossed; record the wire while they do"
             )
         z, releases = torch.cat(found), self.threat.releases
-        if len(z) % releases:
+        return _averaged(z, releases, "activations crossed")
+
+    @property
+    def sizes(self) -> Tensor:
+        """Bytes up, bytes down and seconds of each exchange on a host, [exchanges, 3]; averaged over the releases."""
+        if self._sizes is None:
             raise LookupError(
-                f"this threat averages {releases} releases of each sample, and {len(z)} activations crossed, which do "
-                "not divide evenly; record the same samples as often, in the same order"
+                "this attack reads sizes and times of sealed frames; grant them with observe_host(host, …)"
             )
-        return z.unflatten(0, (releases, -1)).mean(0) if releases > 1 else z
+        return _averaged(self._sizes.clone(), self.threat.releases, "exchanges passed")
+
+    def query_sizes(self, x: Tensor) -> Tensor:
+        """Return the sizes of the attacker's own inputs, sent one by one as a client sends its: [len(x), 3]."""
+        if not self.threat.queries:
+            raise LookupError("this attack sends inputs of its own; grant that with Threat(queries=True)")
+        return _handed(self._granted.sizes_of, "sizes_of")(x)
 
     @property
     def encoder(self) -> Encoder:
@@ -227,6 +243,22 @@ def observe(
     return replace(granted(threat, grants), exchanges=exchanges)
 
 
+def observe_host(*hosts: Host, threat: Threat, grants: Grants | None = None) -> View:
+    """Return the view of the host of an enclave: sizes, directions and times of sealed frames, and no tensor at all."""
+    if not hosts:
+        raise LookupError(
+            "expected the host of an enclave, got none: no host, no view; put the party behind enclosed(…)"
+        )
+    if other := [type(one).__name__ for one in hosts if not isinstance(one, Host)]:
+        raise LookupError(f"expected hosts of enclaves, got {', '.join(other)}; of a recorded wire there is observe(…)")
+    if threat.sees:
+        raise ValueError(
+            "expected a threat that reads no tensor, since frames are sealed on a host, got one that sees "
+            f"{', '.join(sorted(threat.sees))}; use Threat(sees=frozenset(), …)"
+        )
+    return replace(granted(threat, grants), _sizes=torch.cat([one.sizes for one in hosts]))
+
+
 def granted(threat: Threat, grants: Grants | None = None) -> View:
     """Return the view of one adversary before anything has crossed: what its threat lets it know."""
     given = grants if grants is not None else Grants()
@@ -239,8 +271,18 @@ def granted(threat: Threat, grants: Grants | None = None) -> View:
         given.auxiliary_y if threat.auxiliary_labels else None,
         given.own_x if threat.own_inputs else None,
         _hinted(given.y, threat.hints) if threat.hints and given.y is not None else None,
+        given.sizes_of if threat.queries else None,
     )
     return View(threat, (), handed)
+
+
+def _averaged(rows: Tensor, releases: int, what: str) -> Tensor:
+    if len(rows) % releases:
+        raise LookupError(
+            f"this threat averages {releases} releases of each sample, and {len(rows)} {what}, which do not divide "
+            "evenly; record the same samples as often, in the same order"
+        )
+    return rows.unflatten(0, (releases, -1)).mean(0) if releases > 1 else rows
 
 
 def _hinted(y: Tensor, hints: int) -> Tensor:

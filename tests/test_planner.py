@@ -48,7 +48,7 @@ def candidates(number: int) -> list[Candidate]:
 
 def test_the_cheapest_that_keeps_the_bounds_by_hand():
     a, b, c, d = candidates(4)
-    world = World({a: (cost(1), 0, 0.9), b: (cost(2), 5, 0.1), c: (cost(3), 0.5, 0.2), d: (cost(4), 0.0, 0.0)})
+    world = World({a: (cost(1), 0, 0.9), b: (cost(2), 7, 0.1), c: (cost(3), 0.5, 0.2), d: (cost(4), 0.0, 0.0)})
     found = search(
         world.costs, Bounds(loss=1, leakage=0.3), "seconds", glimpse=world.glimpse, measure=world.measure,
     )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Property inference: what activations tell of private samples beside what the model is trained for."""
+"""Property inference: what activations, or mere sizes of frames, tell of private samples beside the task."""
