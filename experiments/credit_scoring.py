@@ -8,7 +8,6 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,9 @@ from experiments.label_ingredients import LABEL_ATTACKS, LABEL_PROTECTIONS
 from experiments.parts import LabelAim, LabelShield, Protection, Shield
 from experiments.runner import Outcome, Task
 from experiments.scoring import Attacked, aim_of, attack_victim
-from experiments.training import Trained, Training, build_model, optimizer_for
+from experiments.training import Trained, optimizer_for
 from splitlearn.codecs import through
-from splitlearn.cut import cut
 from splitlearn.data import Splits, partition
-from splitlearn.features import Features
 from splitlearn.frames import Codec
 from splitlearn.party import Learner
 from splitlearn.protocols import concatenated, vertical
@@ -79,51 +76,6 @@ def shields(trial: Trial, classes: int) -> tuple[Shield, LabelShield]:
     return Shield(), entry.build(trial.strength, classes, trial.training.seed)
 
 
-def columns_of(names: Sequence[str], clients: int) -> list[Tensor]:
-    """Return the columns of each institution, neighbours together, and none with part of an attribute.
-
-    Cuts into equal parts move to the nearest start of an attribute: its one-hot columns are called ATTRIBUTE=VALUE.
-    Raises ``ValueError`` where one would be left without columns.
-    """
-    attributes = [name.partition("=")[0] for name in names]
-    starts = [at for at, name in enumerate(attributes) if at == 0 or name != attributes[at - 1]]
-    even = [int(part[0]) for part in partition.vertical(len(names), clients)]
-    edges = [*(min(starts, key=lambda start: abs(start - at)) for at in even), len(names)]
-    sizes = [after - before for before, after in pairwise(edges)]
-    if min(sizes) < 1:
-        raise ValueError(
-            f"expected institutions that hold whole attributes each, got {clients}, which {len(starts)} attributes of "
-            f"{len(names)} columns do not fill evenly; use --clients 2"
-        )
-    return list(torch.arange(len(names)).split(sizes))
-
-
-def institutions(
-    training: Training, splits: Splits, shield: Shield
-) -> tuple[list[Features], setups.SideBySide, nn.Module]:
-    """Return who holds columns, whole attributes each, their one-layer bottoms as one, and the owner's top."""
-    private, clients = splits.private, training.clients
-    whole, top = cut(build_model(splits, seed=training.seed).to(training.device), training.cut)
-    with torch.no_grad():
-        width = whole(private.x[:1].to(training.device)).shape[-1]
-    if width % clients:
-        raise ValueError(
-            f"expected clients that share {width} features at the cut evenly, got {clients}; use --clients 2"
-        )
-    columns, holders = columns_of(private.names or (), clients), []
-    for number, own in enumerate(columns):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(training.seed)
-            stage = nn.Sequential(nn.Linear(len(own), width // clients), nn.ReLU()).to(training.device)
-        learner = Learner(
-            f"client{number}", stage, optimizer_for(stage, training), copy.deepcopy(shield.guard),
-            seed=training.seed * 1000 + number + 1,
-        )  # fmt: skip
-        holders.append(Features(learner, private.x[:, own]))
-    side = setups.SideBySide([one.learner.stage for one in holders], columns, partial(torch.cat, dim=-1))
-    return holders, side, top
-
-
 def train(trial: Trial, splits: Splits) -> tuple[Trained, Callable[[], Attacked]]:
     """Train one arm, and return it with what attacks columns and labels."""
     training, private = trial.training, splits.private
@@ -133,7 +85,7 @@ def train(trial: Trial, splits: Splits) -> tuple[Trained, Callable[[], Attacked]
         torch.manual_seed(training.seed + 5)  # of labels that are answered once
         shield, labels = shields(trial, private.num_classes)
         trained_on = labels.labels(private.y)
-    holders, side, top = institutions(training, splits, shield)
+    holders, side, top = setups.vertical_parts(training, splits, shield)
     owner = Learner(
         "owner", top, optimizer_for(top, training), copy.deepcopy(labels.guard), loss=labels.loss,
         seed=training.seed * 1000,
@@ -199,7 +151,7 @@ def check(trial: Trial, splits: Splits) -> None:
         raise ValueError(f"expected --clients of 2 or more, who hold columns each, got {training.clients}")
     if not 1 <= trial.targets <= len(splits.private):
         raise ValueError(f"expected --targets between 1 and {len(splits.private)}, got {trial.targets}")
-    institutions(training, splits, Shield())  # what the clients cannot share ends here
+    setups.vertical_parts(training, splits, Shield())  # what the clients cannot share ends here
     case_study.check_own([name for name in trial.attacks if name in ATTACKS], splits)
     case_study.check_guessed([name for name in trial.attacks if name in GUESSERS], splits.private.y, training)
 
@@ -209,7 +161,7 @@ def notes(trial: Trial, splits: Splits) -> list[str]:
     if trial.training.protocol == "unsplit":
         return []
     names = splits.private.names or ()
-    held = [f"{len(own)} up to {names[int(own[-1])]}" for own in columns_of(names, trial.training.clients)]
+    held = [f"{len(own)} up to {names[int(own[-1])]}" for own in partition.attributes(names, trial.training.clients)]
     return [f"{len(held)} institutions hold the {len(names)} columns, whole attributes each: {', '.join(held)}"]
 
 

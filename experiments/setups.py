@@ -252,7 +252,9 @@ def vertical_parts(
         raise ValueError(
             "expected a protection without layers above the cut, where several activations are joined; leave narrow out"
         )
-    columns = partition.vertical(splits.private.x.shape[-1], clients)
+    private = splits.private
+    names = private.names if private.kind == "table" else None
+    columns = partition.attributes(names, clients) if names else partition.vertical(private.x.shape[-1], clients)
     model = build_model(splits, seed=training.seed).to(training.device)
     whole, top = cut(model, training.cut)
     learners = []

@@ -21,7 +21,7 @@ from experiments.report import build
 from experiments.runner import Outcome, Task, run
 from experiments.store import Store
 from experiments.training import Training
-from splitlearn.data import Splits, load
+from splitlearn.data import Splits, load, partition
 from splitlearn.data.schemas import CREDIT
 
 STUDIES = {"arrhythmia": arrhythmia, "credit_scoring": credit_scoring, "text_classification": text_classification}
@@ -263,11 +263,11 @@ def test_institutions_read_labels_off_gradients_and_the_owner_columns_off_activa
 
 def test_no_attribute_is_parted_between_institutions(folder: Path) -> None:
     names = ("age", "sex=F", "sex=M", "job=a", "job=b=c", "job=d", "job=e", "city=x")
-    assert [len(own) for own in credit_scoring.columns_of(names, 2)] == [3, 5]  # the equal cut is in the midst of job
-    assert [len(own) for own in credit_scoring.columns_of(names, 4)] == [1, 2, 4, 1]
-    assert torch.equal(torch.cat(credit_scoring.columns_of(names, 4)), torch.arange(8))
+    assert [len(own) for own in partition.attributes(names, 2)] == [3, 5]  # the equal cut is in the midst of job
+    assert [len(own) for own in partition.attributes(names, 4)] == [1, 2, 4, 1]
+    assert torch.equal(torch.cat(partition.attributes(names, 4)), torch.arange(8))
     with pytest.raises(ValueError, match="got 8, which 4 attributes of 8 columns"):
-        credit_scoring.columns_of(names, 8)
+        partition.attributes(names, 8)
     for clients, of in ((2, "2 institutions hold"), (4, "4 institutions hold")):
         outcome = outcome_of(folder, "credit_scoring", "vertical", "none", clients=clients, attacks=(), epochs=1)
         assert any(note.startswith(of) for note in outcome.notes)

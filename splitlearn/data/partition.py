@@ -3,11 +3,14 @@
 Each function returns one int64 tensor of row (or column) numbers a client, sorted, and is fixed by its seed.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["by_group", "dirichlet", "iid", "shards", "vertical"]
+__all__ = ["attributes", "by_group", "dirichlet", "iid", "shards", "vertical"]
 
 
 def iid(n: int, clients: int, seed: int) -> list[Tensor]:
@@ -80,6 +83,25 @@ def vertical(num_features: int, clients: int) -> list[Tensor]:
     """Return the columns of a table, ``x[:, columns]``, or an image, ``x[..., columns]``, neighbours together."""
     _check_clients(num_features, clients, "columns")
     return [_rows(part) for part in np.array_split(np.arange(num_features), clients)]
+
+
+def attributes(names: Sequence[str], clients: int) -> list[Tensor]:
+    """Return the columns of each client, neighbours together, and none with part of an attribute.
+
+    Cuts into equal parts move to the nearest start of an attribute: its one-hot columns are called ATTRIBUTE=VALUE.
+    Raises ``ValueError`` where one would be left without columns.
+    """
+    found = [name.partition("=")[0] for name in names]
+    starts = [at for at, name in enumerate(found) if at == 0 or name != found[at - 1]]
+    even = [int(part[0]) for part in vertical(len(names), clients)]
+    edges = [*(min(starts, key=lambda start: abs(start - at)) for at in even), len(names)]
+    sizes = [after - before for before, after in pairwise(edges)]
+    if min(sizes) < 1:
+        raise ValueError(
+            f"expected clients that hold whole attributes each, got {clients}, which {len(starts)} attributes of "
+            f"{len(names)} columns do not fill evenly; use --clients 2"
+        )
+    return list(torch.arange(len(names)).split(sizes))
 
 
 def _check_clients(there: int, clients: int, what: str) -> None:
