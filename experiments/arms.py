@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from splitlearn.codecs import Int8, TopK, through
 from splitlearn.controllers import Disjoint, Game, Matrix
-from splitlearn.cost import Layer, split_cost
+from splitlearn.cost import Layer, compute_seconds, split_cost
 from splitlearn.cut import cut, layer_names
 from splitlearn.devices import Device, Radio
 from splitlearn.frames import Codec, Kind, Message, encode
@@ -17,8 +17,8 @@ from splitlearn.network import PROFILES
 from splitlearn.traces import Trace
 
 __all__ = [
-    "BATTERY", "CODECS", "LATENCY", "LEAST", "LOAD", "UP", "Apart", "Arm", "Shared", "arms_of", "contexts_of",
-    "costs_of", "switching",
+    "BATTERY", "CODECS", "LATENCY", "LEAST", "LOAD", "UP", "Apart", "Arm", "Shared", "arms_of", "check_memory",
+    "contexts_of", "costs_of", "switching",
 ]  # fmt: skip
 
 CODECS: dict[str, Codec | None] = {"none": None, "int8": Int8(), "top0.1": TopK(0.1)}
@@ -51,23 +51,28 @@ def arms_of(
     request: Tensor,
     *,
     edge: Device,
+    cloud: Device,
     tolerance: float,
 ) -> tuple[list[Arm], list[str]]:
     """Return the arms to choose among, shallowest first, and a line on each kind of others.
 
     Accuracy is that of the trained model with the codec on the cut, on (x, y), and may be ``tolerance`` below the
-    model's own. Bytes are those of real frames of ``request``. An arm must fit the device's memory, and not be beaten
-    by one that has no more layers on the device and sends no more bytes.
+    model's own. Bytes are those of real frames of ``request``. A place must be one that ``cut`` takes; an arm must fit
+    the device's memory, and not be beaten by one that has no more layers on the device, sends no more bytes and whose
+    other layers the cloud computes no slower than the device.
     """
     found: list[Arm] = []
-    reasons: dict[str, list[str]] = {"lose too much accuracy": [], "do not fit the device": [], "are beaten": []}
+    kinds = ("cannot be cut", "lose too much accuracy", "do not fit the device", "are beaten")
+    reasons: dict[str, list[str]] = {kind: [] for kind in kinds}
     with torch.no_grad():
         whole = _accuracy(model(x), y)
         for at, name in enumerate(layer_names(model), start=1):
-            bottom, top = cut(model, name)
-            memory = split_cost(
-                layers, at, edge=edge, cloud=edge, network="wifi", up_nbytes=0, down_nbytes=0
-            ).edge_memory
+            try:
+                bottom, top = cut(model, name)
+            except ValueError:  # tied weights, or a layer that works in place
+                reasons["cannot be cut"].append(name)
+                continue
+            memory = _memory(layers, at, edge)
             z, sent = bottom(x), bottom(request)
             answer = len(encode(Message("predict", {Kind.PREDICTION: top(sent)})))
             for codec_name, codec in CODECS.items():
@@ -80,12 +85,29 @@ def arms_of(
                     reasons["do not fit the device"].append(arm.name)
                 else:
                     found.append(arm)
-    kept = [arm for arm in found if not any(_beats(other, arm) for other in found)]
+    spent = {
+        arm.at: compute_seconds(layers[: arm.at], edge) + compute_seconds(layers[arm.at :], cloud) for arm in found
+    }
+    kept = [arm for arm in found if not any(_beats(other, arm) and spent[other.at] <= spent[arm.at] for other in found)]
     reasons["are beaten"] = [arm.name for arm in found if arm not in kept]
     lines = [f"arms that {reason}: {', '.join(names)}" for reason, names in reasons.items() if names]
     if not kept:
         raise ValueError(f"expected an arm that fits {edge.name} and is accurate, got none; take another device")
     return kept, lines
+
+
+def check_memory(layers: Sequence[Layer], edge: Device) -> None:
+    """Refuse a device that no cut of the counted layers fits: ``ValueError``."""
+    least = min(_memory(layers, at, edge) for at in range(1, len(layers)))
+    if least > edge.memory:
+        raise ValueError(
+            f"expected a device that holds a layer and a request's activations, {least:,} bytes, got {edge.name} with "
+            f"{edge.memory:,}; take another device or fewer samples a request"
+        )
+
+
+def _memory(layers: Sequence[Layer], at: int, edge: Device) -> int:
+    return split_cost(layers, at, edge=edge, cloud=edge, network="wifi", up_nbytes=0, down_nbytes=0).edge_memory
 
 
 def _beats(one: Arm, other: Arm) -> bool:

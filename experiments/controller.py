@@ -13,21 +13,39 @@ keeps the layers above the last cut, so that all on the device is no arm. Codecs
 
 Bandwidths are ten times those of the 4G traces, as Wi-Fi has them: on slower networks the deepest cut of so small a
 model is best nearly always, and there is nothing to decide (``--network 4g --bandwidth 1 --latency 1``).
+
+The load of "recorded" is one series of one machine, a half for training and a half for what is held out, in steps of
+its own interval. A trace is at most a half long, starts at any place of it and goes round: traces of one half are not
+independent in their load, only in their bandwidth.
 """
 
 import copy
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from experiments.arms import BATTERY, CODECS, LOAD, UP, Apart, Arm, Shared, arms_of, contexts_of, costs_of, switching
+from experiments.arms import (
+    BATTERY,
+    CODECS,
+    LOAD,
+    UP,
+    Apart,
+    Arm,
+    Shared,
+    arms_of,
+    check_memory,
+    contexts_of,
+    costs_of,
+    switching,
+)
 from experiments.experiment import Experiment, Options, reproduction
 from experiments.ingredients import PROTOCOLS
 from experiments.names import find
@@ -35,6 +53,7 @@ from experiments.parts import Shield
 from experiments.runner import Outcome, Task
 from experiments.training import (
     Training,
+    build_model,
     default_cut,
     described,
     device_of,
@@ -56,7 +75,7 @@ from splitlearn.controllers import (
 )
 from splitlearn.cost import Layer, count
 from splitlearn.cut import join
-from splitlearn.data import DATASETS
+from splitlearn.data import DATASETS, Splits
 from splitlearn.devices import DEVICES, RADIOS, Device
 from splitlearn.network import PROFILES
 from splitlearn.traces import GENERATORS, Trace, load_trace, walk
@@ -69,6 +88,7 @@ TRACES = {**GENERATORS, RECORDED: walk}
 ARMS = "arms, a cut and a codec each, by number from 0: "  # how the note starts that names them
 SHOWN = ("oracle", "bandit", "q_learning", "threshold")  # whose arms are kept, of the first held-out trace
 APART = 500_000  # between the seeds of training traces and of those that are held out
+NOISIEST = 3.0  # a standard deviation of logs: measurements are then off by twenty times, up or down
 
 
 @dataclass(frozen=True)
@@ -116,6 +136,7 @@ class Trial:
         return {
             **described(self.data, self.sizes, self.training),
             "generator": self.generator, **own, "codecs": list(CODECS), "devices": devices, "recording": recording,
+            "radio": asdict(RADIOS[self.config.network]), "profile": asdict(PROFILES[self.config.network]),
         }  # fmt: skip
 
 
@@ -133,6 +154,7 @@ def tasks(config: Config, options: Options) -> list[Task]:
     splits = load_splits(options.data, options.data_dir, sizes=sizes)
     if splits.private.kind == "tokens":
         raise ValueError(f"expected inputs that are numbers, got {options.data}, which holds tokens")
+    check_memory(count(build_model(splits, seed=0).eval(), _request(splits, config)), DEVICES[config.edge])
     found = []
     for name in config.generators:
         for seed in options.seeds:
@@ -162,6 +184,8 @@ def _check(config: Config) -> None:
     for option in ("latency", "joule_price", "tolerance", "noise"):
         if not 0 <= getattr(config, option) < float("inf"):
             raise ValueError(f"expected --{option.replace('_', '-')} of 0 or more, got {getattr(config, option)}")
+    if config.noise > NOISIEST:
+        raise ValueError(f"expected --noise of {NOISIEST:g} or less, a factor of 20, got {config.noise}; 0.1 is 10 %")
 
 
 def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
@@ -174,11 +198,11 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
     model = join(*trained.model.cpu().eval().children())  # the stages
     seconds = {"train": time.perf_counter() - start}
     start = time.perf_counter()
-    x = splits.auxiliary.x[torch.arange(config.images) % len(splits.auxiliary)]
+    x = _request(splits, config)
     layers = count(model, x)
     edge, cloud, radio = DEVICES[config.edge], DEVICES[config.cloud], RADIOS[config.network]
     arms, dropped = arms_of(
-        model, layers, splits.auxiliary.x, splits.auxiliary.y, x, edge=edge, tolerance=config.tolerance
+        model, layers, splits.auxiliary.x, splits.auxiliary.y, x, edge=edge, cloud=cloud, tolerance=config.tolerance
     )
     switch = switching(layers, arms, config.network)
 
@@ -224,6 +248,11 @@ def run_trial(trial: Trial, data_dir: Path | None) -> Outcome:
         f"a request costs the oracle {1000 * least / sum(len(costs) for costs, _ in games):.3g} ms, energy priced in",
         "ratio: what a policy pays on held-out traces, switching included, over what the oracle pays, which knows them",
     ]
+    if trial.generator == RECORDED:
+        notes.append(
+            f"load: one recorded series, of which training has a half and what is held out the other; {len(shown)} "
+            f"requests a trace of {config.steps} asked for; traces start at other places of it and are not independent"
+        )
     return Outcome(
         utility=utility, nbytes=trained.nbytes, seconds=seconds, visible=trained.visible, traces=traces, notes=notes
     )
@@ -248,17 +277,27 @@ POLICIES: dict[str, Make] = {
 
 
 def _trace(generator: str, config: Config, seed: int, *, held_out: bool) -> Trace:
-    """Return a trace; of a recording, training has windows of the first half, and what is held out of the second."""
-    made = TRACES[generator](config.steps, seed=seed)
+    """Return a trace; of a recording, training has the first half, and what is held out the second.
+
+    A recorded one has the recording's interval, and no more steps than the half: it starts anywhere and goes round.
+    """
+    half, steps, every = np.empty(0), config.steps, {}
+    if generator == RECORDED:
+        recording = load_trace(RECORDING)
+        half = np.array_split(recording.load, 2)[int(held_out)]
+        steps, every = min(steps, len(half)), {"every": round(float(np.median(np.diff(recording.seconds))), 3)}
+    made = TRACES[generator](steps, seed=seed, **every)
     made = replace(
         made, up=config.bandwidth * made.up, down=config.bandwidth * made.down, latency=config.latency * made.latency
     )
     if generator != RECORDED:
         return made
-    recorded = load_trace(RECORDING).load
-    half = np.array_split(recorded, 2)[int(held_out)]
     start = np.random.default_rng([seed, 2]).integers(len(half))
-    return replace(made, name=RECORDED, load=half[(start + np.arange(config.steps)) % len(half)])  # round and round
+    return replace(made, name=RECORDED, load=np.roll(half, -start)[:steps])
+
+
+def _request(splits: Splits, config: Config) -> Tensor:
+    return splits.auxiliary.x[torch.arange(config.images) % len(splits.auxiliary)]
 
 
 CONTROLLER = Experiment(

@@ -42,6 +42,11 @@ KINDS = {  # of the kernels that torch dispatches; what is not here is "other", 
     "sigmoid": "transcendental",
     "bernoulli_": "random",
     "embedding": "lookup",
+    "_embedding_bag": "lookup",
+}
+UNTOLD = {  # kernels that multiply, by how much torch does not tell, and how to count them
+    "_trilinear": "nn.Bilinear; write it as torch.einsum, or with nn.Linear",
+    "mkldnn_rnn_layer": "torch.lstm; use nn.LSTM",
 }
 FREE = frozenset({"_unsafe_view", "empty", "empty_like", "lift_fresh"})  # move nothing, as views do
 
@@ -52,7 +57,8 @@ class Kernel:
 
     It reads its weights once, unless it is a "lookup" of rows, which training alone goes through, for the gradient.
     ``learns`` where its weights take a gradient, ``passes`` where a gradient goes on to its ``num_inputs``, which are
-    two of a product of two activations: each gradient is one more kernel like it in a training step.
+    two of a product of two activations: each gradient is one more kernel like it in a training step. ``written_nbytes``
+    are bytes of memory that it filled and that nothing held before: none where it works in place.
     """
 
     kind: str
@@ -62,6 +68,7 @@ class Kernel:
     learns: bool = False
     passes: bool = True
     num_inputs: int = 1
+    written_nbytes: int = 0
 
     @property
     def step(self) -> int:
@@ -75,6 +82,7 @@ class Layer:
 
     ``flops`` are those of "convolution" and "linear" (every other matrix product); a multiply-add is two.
     ``operations`` is the number of ``kernels``, ``moved`` the bytes that they read and write, weights included.
+    ``weights_nbytes`` leaves out weights that a layer before it has too.
     """
 
     name: str
@@ -92,8 +100,11 @@ class Layer:
 class Cost:
     """What one step costs at one cut. ``joules`` are the device's: computing, its radio, waiting.
 
-    ``edge_memory`` are bytes of weights and activations (training: gradients of weights too, and every output kept);
-    ``modelled`` unless both ends were measured on the present machine. The network's share is always a model.
+    ``edge_memory`` are bytes of weights and activations: in training gradients of weights too, and all that any kernel
+    wrote, of which autograd keeps half to all (on the models of ``splitlearn.models``; for an ``nn.LSTM`` oneDNN keeps
+    up to half as much again); in inference what the largest kernel reads and writes, without what skips it meanwhile.
+    Optimizer state is left out. ``modelled`` unless both ends were measured on the present machine. The network's share
+    is always a model.
     """
 
     edge_seconds: float
@@ -116,20 +127,23 @@ def count(model: nn.Sequential, x: Tensor) -> list[Layer]:
     """Return what each top-level layer does to the batch ``x``, by running a copy of the model once, without gradient.
 
     In the mode that the model is in: dropout and batch norm do more while training. FLOPs are torch's own formulas
-    (``torch.utils.flop_counter``). The model, its buffers and the global RNG stay as they are.
+    (``torch.utils.flop_counter``). The model, its buffers, ``x`` and the global RNG stay as they are. ``ValueError``
+    for kernels whose work cannot be told (``UNTOLD``).
     """
     _refuse_other_modules(model)
-    model = copy.deepcopy(model)
+    model, x = copy.deepcopy(model), x.clone()  # a layer may work in place
     weights = {t.untyped_storage().data_ptr(): t.requires_grad for t in model.parameters()}
-    layers, gradient = [], False
+    layers, gradient, held = [], False, set[int]()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name, layer in ((name, layer) for name, layer in model._modules.items() if layer is not None):
-            with _Kernels(weights, gradient) as counted, _unfused():
+            with _Kernels(weights, gradient) as counted, _unfused(layer):
                 z = layer(x)
             if not isinstance(z, Tensor):
                 raise ValueError(f"expected one tensor out of layer {name}, got {type(z).__name__}; wrap the layer")
             gradient = counted.gradient
-            layers.append(_layer(name, layer, x, z, tuple(counted.kernels)))
+            own = {id(weight): weight for weight in layer.parameters() if id(weight) not in held}
+            held |= set(own)
+            layers.append(_layer(name, sum(map(_nbytes, own.values())), x, z, tuple(counted.kernels)))
             x = z
     return layers
 
@@ -243,7 +257,8 @@ class _Kernels(TorchDispatchMode):
         name = func._overloadpacket.__name__
         if name in FREE or any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns):
             if not any(map(self._is_weight, tree_leaves((args, kwargs)))):
-                self.kernels.append(Kernel("view", passes=self.gradient))
+                written = _new_nbytes(tree_leaves((args, kwargs)), tree_leaves(out))
+                self.kernels.append(Kernel("view", passes=self.gradient, written_nbytes=written))
         else:
             self._add(name, func, args, kwargs, out)
         return out
@@ -257,20 +272,22 @@ class _Kernels(TorchDispatchMode):
         others = [t for t in read if not self._is_weight(t)]
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         weights = sum(map(_nbytes, own))
-        if name == "embedding":  # reads as much as it puts out
-            others = [*others, *written]
+        if name in UNTOLD:
+            raise ValueError(f"expected layers whose work can be counted, got {UNTOLD[name]}")
         flops = flop_registry.get(func._overloadpacket)
         kind = _kind(name, read, written)
+        rows = args[1].numel() * _nbytes(args[0]) // len(args[0]) if kind == "lookup" else 0  # that it reads
         learns = any(self._weights[t.untyped_storage().data_ptr()] for t in own)
         self.kernels.append(
             Kernel(
                 kind,
                 float(flops(*args, **kwargs, out_val=out)) if flops else 0.0,
-                sum(map(_nbytes, [*others, *written])),
+                sum(map(_nbytes, [*others, *written])) + rows,
                 weights,
                 learns,
                 self.gradient,
                 2 if kind.endswith("linear") and not own else 1,
+                _new_nbytes(read, written),
             )
         )
         self.gradient = self.gradient or learns
@@ -284,15 +301,18 @@ def _refuse_other_modules(model: nn.Module) -> None:
 
 
 @contextmanager
-def _unfused() -> Iterator[None]:
-    """Keep torch from running attention, or a whole transformer layer, as one kernel, whose work it cannot tell."""
-    before = torch.backends.mha.get_fastpath_enabled()
+def _unfused(layer: nn.Module) -> Iterator[None]:
+    """Keep torch from running attention, a transformer layer or an LSTM as one kernel, whose work it cannot tell."""
+    before, enabled = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    recurs = any(isinstance(module, nn.LSTM) for module in layer.modules())  # others are slow without oneDNN
     torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(enabled and not recurs)  # mkldnn.flags sets TF32 too, which warns
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _kind(name: str, read: Sequence[Tensor], written: Sequence[Tensor]) -> str:
@@ -306,7 +326,7 @@ def _kind(name: str, read: Sequence[Tensor], written: Sequence[Tensor]) -> str:
     return kind
 
 
-def _layer(name: str, layer: nn.Module, x: Tensor, z: Tensor, kernels: tuple[Kernel, ...]) -> Layer:
+def _layer(name: str, weights_nbytes: int, x: Tensor, z: Tensor, kernels: tuple[Kernel, ...]) -> Layer:
     flops = {"convolution": 0.0, "linear": 0.0}
     for kernel in kernels:
         flops["convolution" if kernel.kind.endswith("convolution") else "linear"] += kernel.flops
@@ -315,7 +335,7 @@ def _layer(name: str, layer: nn.Module, x: Tensor, z: Tensor, kernels: tuple[Ker
         flops=flops,
         operations=len(kernels),
         moved=float(sum(_moved(kernel) for kernel in kernels)),
-        weights_nbytes=sum(_nbytes(weight) for weight in layer.parameters()),
+        weights_nbytes=weights_nbytes,
         output=tuple(z.shape[1:]),
         output_nbytes=FLOAT_NBYTES * z.numel(),
         input_nbytes=_nbytes(x),
@@ -347,6 +367,13 @@ def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def _new_nbytes(read: Sequence[Any], written: Sequence[Any]) -> int:
+    """Return the bytes of tensors written whose memory is that of none read."""
+    known = {t.untyped_storage().data_ptr() for t in read if isinstance(t, Tensor)}
+    new = (t for t in written if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known)
+    return sum(map(_nbytes, new))
+
+
 def _network(network: str | Profile, radio: Radio | None) -> tuple[Profile, Radio]:
     if isinstance(network, str):
         if network not in PROFILES:
@@ -362,7 +389,16 @@ def _memory(layers: Sequence[Layer], training: bool) -> int:
     if not layers:
         return 0
     weights = sum(layer.weights_nbytes for layer in layers)
-    outputs = sum(layer.output_nbytes for layer in layers)
     if training:
-        return 2 * weights + layers[0].input_nbytes + outputs
-    return weights + max(layer.input_nbytes + layer.output_nbytes for layer in layers)
+        return 2 * weights + layers[0].input_nbytes + sum(map(_written, layers))
+    return weights + max(map(_largest, layers))
+
+
+def _written(layer: Layer) -> int:
+    return sum(kernel.written_nbytes for kernel in layer.kernels) if layer.kernels else layer.output_nbytes
+
+
+def _largest(layer: Layer) -> int:
+    """Return the bytes of activations that the layer holds at once: its input and output, or those of a kernel."""
+    inside = max((kernel.activation_nbytes for kernel in layer.kernels), default=0)
+    return max(inside, layer.input_nbytes + layer.output_nbytes)

@@ -55,14 +55,18 @@ class Answers:
 class Deadline:
     """How long a server may take, and when one that failed is asked again; it remembers failures, so keep one a server.
 
-    A request (of a batch) has failed that has no answer after ``seconds``, or that ends in a ``ConnectionError`` or
-    ``TimeoutError``; any other error is raised. After the n-th failure in a row nothing is asked for
-    min(``retry`` · 2ⁿ⁻¹, ``longest``) seconds. A late answer is dropped. While a request that failed is still on its
-    way, no other is made: no answer can be taken for another's, and a carrier that never returns is never asked again.
+    A request (of a batch) has failed that has no answer after ``seconds``, or that ends in an ``OSError`` (such as
+    ``ConnectionError`` and ``TimeoutError``) or ``EOFError``; any other error is raised, and None is no answer.
+    After the n-th failure in a row nothing is asked for min(``retry`` · 2ⁿ⁻¹, ``longest``) seconds. A late answer is
+    dropped. While a request that failed is still on its way, no other is made: no answer can be taken for another's,
+    and a carrier that never returns is never asked again.
 
     In real time the request waits in a thread of its own. By any other clock, such as the ``network.VirtualClock`` of
     an ``Emulated`` (give it the same one), it is waited for, and what it took by that clock counts. For one user at a
     time.
+
+    A server in this very process is no network: its stage and the device's wait for each other (``Randomness``), so
+    that a request left behind holds up the next batch, which no deadline covers, until the server is done.
     """
 
     def __init__(self, seconds: float, *, retry: float = 1.0, longest: float = 60.0, clock: Clock | None = None):
@@ -95,14 +99,17 @@ class Deadline:
             flight.done.wait(self.seconds)
         else:
             flight.fly()
-        if not flight.done.is_set() or self._clock.now() - began > self.seconds:
+        late = not flight.done.is_set() or self._clock.now() - began > self.seconds
+        if late and (flight.error is None or isinstance(flight.error, Exception)):  # not an interrupt, say
             self._failed(f"expected an answer within {self.seconds:g} s, got none")
             return None
-        if isinstance(flight.error, ConnectionError | TimeoutError):
+        if isinstance(flight.error, OSError | EOFError):
             self._failed(str(flight.error) or type(flight.error).__name__)
             return None
         if flight.error is not None:
             raise flight.error
+        if flight.answer is None:
+            raise ValueError("expected an answer, got None; let the call return what the server says")
         self.failures = 0
         return flight.answer
 
@@ -116,7 +123,7 @@ class _Flight(Generic[T]):
 
     def __init__(self, call: Callable[[], T]):
         self.answer: T | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.done = threading.Event()
         self._call = call
 
@@ -124,7 +131,7 @@ class _Flight(Generic[T]):
         """Make the request."""
         try:
             self.answer = self._call()
-        except Exception as error:
+        except BaseException as error:  # whoever asked raises it
             self.error = error
         finally:
             self.done.set()
@@ -137,7 +144,8 @@ class Inference:
     ``mode``: ``edge``, the exit answers all; ``cloud``, the input itself crosses to a server with the whole model;
     ``split``, every activation crosses; ``cascade``, those that the ``rule`` does not let leave at the exit do.
     ``bottom``, ``exit`` and ``server`` are parties, here or across a wire. With a ``deadline`` the exit answers
-    where the server fails; without one its errors are raised as they come.
+    where the server fails, and works out its answer before the server is asked, so that it is there in time; without
+    one the server's errors are raised as they come. Its logits are taken as they are, nan and inf too.
 
     One that stands in the ``server``'s place of another is the device's next part, with an exit of its own.
     """
@@ -181,10 +189,13 @@ class Inference:
             return _all(early, "edge", sent=False)
         crosses = ~stays
         asked = z[crosses.to(z.device)]
+        spare = None if early is None else early[crosses.to(early.device)]
+        if self.deadline is not None and spare is None:
+            spare = self._fallback(asked)
         reply, sent = self._reply(asked)
         if reply is None:
-            rest = early[crosses.to(early.device)] if early is not None else self._fallback(asked)
-            reply = _all(rest, "fallback", sent=sent)
+            assert spare is not None  # without a deadline the server's error was raised
+            reply = _all(spare, "fallback", sent=sent)
         return reply if early is None else _merged(early, reply, crosses)
 
     def _reply(self, z: Tensor) -> tuple[Answers | None, bool]:

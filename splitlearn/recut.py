@@ -26,13 +26,16 @@ def recut(client: Learner, server: Learner, at: int | str) -> None:
     into parties that were recut to the same place. A scheduler does not follow to such a new optimizer.
 
     Not kept: who draws. The dropout of a moved layer draws from its new party's generator, and a guard's randomness
-    meets another activation. Sessions and replicas of either party are not recut with it: this is for one client and
-    its server, between steps.
+    meets another activation. Replicas of either party are not recut with it. Sessions see the stage but keep their own
+    optimizer, so that one of a party that was left with nothing to train, or had nothing, learns no more: make sessions
+    anew after a recut. A service holds the party itself, and serves on. This is for one client and its server, between
+    steps.
 
     Raises ``ValueError``, and moves nothing, where ``cut`` would; for an open step; for a guard with a penalty, layers
-    or tensors of its own, which belong to one cut; for other parties than plain Learners, optimizers with hooks, LBFGS
-    (its state is of all parameters at once), stages on two devices; and where a parameter that moves would be trained
-    by another rule: another type of optimizer, or options that none of its groups has.
+    or tensors of its own, which belong to one cut; for other parties than plain Learners, optimizers that are not
+    torch's own, optimizers with hooks, LBFGS (its state is of all parameters at once), stages on two devices; and where
+    a parameter that moves would be trained by another rule: another type of optimizer, or options that none of its
+    groups has.
     """
     bottom, top = _stages(client, server, at)
     for giver, taker, stage in ((client, server, bottom), (server, client, top)):
@@ -56,7 +59,8 @@ def moved_nbytes(client: Learner, server: Learner, at: int | str, *, training: b
     nbytes = 0
     for party, stage in ((client, bottom), (server, top)):
         leaving = _leaving(party.stage, stage)
-        nbytes += sum(tensor.nbytes for layer in leaving for tensor in (*layer.parameters(), *layer.buffers()))
+        moving = {id(tensor): tensor for layer in leaving for tensor in (*layer.parameters(), *layer.buffers())}
+        nbytes += sum(tensor.nbytes for tensor in moving.values())
         if training and party.optimizer is not None:
             state = party.optimizer.state
             nbytes += sum(
@@ -102,6 +106,11 @@ def _check(party: Learner) -> None:
                 f"cut, got {guard!r}; make new parties at the other cut, and train what is the guard's anew"
             )
     optimizer = party.optimizer
+    if optimizer is not None and not type(optimizer).__module__.startswith("torch.optim."):
+        raise ValueError(
+            f"{party.name}: expected an optimizer of torch.optim, got {type(optimizer).__name__}, which may hold more "
+            "than a state for each parameter; make new parties at the other cut"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(f"{party.name}: expected an optimizer with a state for each parameter, got LBFGS; use another")
     if optimizer is not None and (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks):

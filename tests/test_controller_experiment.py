@@ -30,7 +30,7 @@ from splitlearn.codecs import through
 from splitlearn.cost import count, split_cost
 from splitlearn.cut import cut
 from splitlearn.devices import DEVICES, RADIOS
-from splitlearn.network import Profile
+from splitlearn.network import PROFILES, Profile
 from splitlearn.traces import GENERATORS, load_trace
 
 TOY = Config(generators=("markov",), images=8, steps=40, training_traces=2, held_out=2, epochs=1, tolerance=1.0)
@@ -39,7 +39,7 @@ MODEL = build_model(SPLITS, seed=0).eval()
 X, Y, REQUEST = SPLITS.auxiliary.x[:60], SPLITS.auxiliary.y[:60], SPLITS.auxiliary.x[:8]
 LAYERS = count(MODEL, REQUEST)
 PHONE, SERVER = DEVICES["phone"], DEVICES["server_gpu"]
-FOUND, DROPPED = arms_of(MODEL, LAYERS, X, Y, REQUEST, edge=PHONE, tolerance=1.0)
+FOUND, DROPPED = arms_of(MODEL, LAYERS, X, Y, REQUEST, edge=PHONE, cloud=SERVER, tolerance=1.0)
 
 
 def test_arms_are_within_the_bound_fit_and_are_none_better_than_another() -> None:
@@ -57,11 +57,29 @@ def test_arms_are_within_the_bound_fit_and_are_none_better_than_another() -> Non
         assert arm.accuracy == right
     assert any(line.startswith("arms that are beaten") for line in dropped)
     small = replace(PHONE, memory=60_000)
-    fitting, said = arms_of(MODEL, LAYERS, X, Y, REQUEST, edge=small, tolerance=1.0)
+    fitting, said = arms_of(MODEL, LAYERS, X, Y, REQUEST, edge=small, cloud=SERVER, tolerance=1.0)
     assert 0 < len(fitting) < len(arms)
     assert any(line.startswith("arms that do not fit the device") for line in said)
     with pytest.raises(ValueError, match="got none; take another device"):
-        arms_of(MODEL, LAYERS, X, Y, REQUEST, edge=replace(PHONE, memory=10), tolerance=1.0)
+        arms_of(MODEL, LAYERS, X, Y, REQUEST, edge=replace(PHONE, memory=10), cloud=SERVER, tolerance=1.0)
+
+
+def test_a_deeper_arm_is_kept_where_the_cloud_is_slower_than_the_device() -> None:
+    arms, _ = arms_of(MODEL, LAYERS, X, Y, REQUEST, edge=SERVER, cloud=PHONE, tolerance=1.0)
+    trace = GENERATORS["walk"](50, seed=0)
+    costs = costs_of(trace, LAYERS, arms, edge=SERVER, cloud=PHONE, radio=RADIOS["lan"], joule_price=0.0)
+    best = arms[int(costs[trace.load.argmin()].argmin())]
+    assert best.at == len(MODEL) - 1  # sends what the layer below it sends, and computes more here
+    assert best.at not in {arm.at for arm in FOUND}
+
+
+def test_places_that_cut_refuses_are_no_arms_and_are_named() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64, 9), torch.nn.ReLU(inplace=True), torch.nn.Linear(9, 10)
+    ).eval()
+    arms, dropped = arms_of(model, count(model, REQUEST), X, Y, REQUEST, edge=PHONE, cloud=SERVER, tolerance=1.0)
+    assert 2 not in {arm.at for arm in arms}
+    assert "arms that cannot be cut: 1" in dropped
 
 
 def test_costs_are_those_of_the_cost_model_on_a_slower_device_and_the_traces_network() -> None:
@@ -113,11 +131,33 @@ def test_what_is_held_out_is_of_other_seeds_and_of_the_recordings_other_half() -
     assert len(recorded) >= 600
     assert recorded.max() > 2  # the machine was busy
     half = len(recorded) // 2
-    config = replace(TOY, steps=2 * half)
+    config = replace(TOY, steps=2 * half)  # of which there are half as many
     training, unseen = (_trace(RECORDED, config, 3, held_out=held_out) for held_out in (False, True))
-    assert np.array_equal(np.sort(training.load), np.sort(np.tile(recorded[:half], 2)))
-    assert np.array_equal(np.sort(unseen.load), np.sort(np.tile(recorded[half:], 2)))
+    assert np.array_equal(np.sort(training.load), np.sort(recorded[:half]))
+    assert np.array_equal(np.sort(unseen.load), np.sort(recorded[half:]))
     assert training.name == RECORDED
+    assert np.diff(training.seconds) == pytest.approx(0.25)  # as it was recorded
+    assert len(_trace(RECORDED, TOY, 3, held_out=False)) == TOY.steps
+
+
+def test_a_trial_on_the_recording_says_how_much_of_it_there_is() -> None:
+    (task,) = tasks(replace(TOY, generators=(RECORDED,), steps=600), Options(seeds=(0,)))
+    outcome = task.call()
+    (said,) = (note for note in outcome.notes if note.startswith("load: one recorded series"))
+    assert "; 480 requests a trace of 600 asked for; " in said
+    assert len(outcome.traces["load"]) == 480
+
+
+def test_a_trial_is_another_on_another_radio_or_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def described() -> dict[str, object]:
+        (task,) = tasks(TOY, Options(seeds=(0,)))
+        return task.config
+
+    before = described()
+    monkeypatch.setitem(RADIOS, "wifi", replace(RADIOS["wifi"], base=9.0))
+    radio = described()
+    monkeypatch.setitem(PROFILES, "wifi", replace(PROFILES["wifi"], latency=0.5))
+    assert before != radio != described()
 
 
 def test_a_trial_plays_all_policies_and_is_the_same_twice() -> None:
@@ -152,6 +192,8 @@ def test_a_trial_plays_all_policies_and_is_the_same_twice() -> None:
         ({"training_traces": 1}, "--training-traces of 2"),
         ({"held_out": 0}, "--held-out of 1"),
         ({"noise": -1.0}, "--noise of 0 or more"),
+        ({"noise": 3.5}, "--noise of 3 or less"),
+        ({"edge": "microcontroller", "images": 256}, "a request's activations, .* bytes, got microcontroller with"),
         ({"joule_price": float("inf")}, "--joule-price of 0 or more"),
         ({"bandwidth": 0.0}, "--bandwidth above 0"),
     ],

@@ -140,6 +140,52 @@ def test_a_users_transformer_layer_counts_in_both_modes(training: bool) -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+class First(nn.Module):
+    """A layer's first output alone."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Tensor = self.layer(x)[0]
+        return first
+
+
+def test_an_lstm_counts_as_by_hand() -> None:
+    (layer,) = count(nn.Sequential(First(nn.LSTM(3, 4, batch_first=True))), torch.rand(2, 5, 3))
+    assert layer.flops == {"convolution": 0, "linear": 2 * 2 * 5 * (4 * 4) * (3 + 4)}  # four gates
+    assert torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+
+
+def test_kernels_whose_work_cannot_be_told_are_refused() -> None:
+    class Own(nn.Bilinear):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, x)
+
+    with pytest.raises(ValueError, match=r"expected layers whose work can be counted, got nn.Bilinear; write it as"):
+        count(nn.Sequential(Own(3, 3, 4)), torch.rand(2, 3))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_a_bag_of_embeddings_reads_rows_and_not_the_table(mode: str) -> None:
+    (layer,) = count(nn.Sequential(nn.EmbeddingBag(1000, 64, mode=mode)), TOKENS)
+    rows = 4 * 64 * TOKENS.numel()
+    assert rows + 4 * 64 * len(TOKENS) < layer.moved < 3 * rows < layer.weights_nbytes == 4 * 64 * 1000
+
+
+def test_a_first_layer_that_works_in_place_leaves_the_callers_batch() -> None:
+    x = torch.tensor([[-1.0, 2.0]])
+    count(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2)), x)
+    assert x.tolist() == [[-1.0, 2.0]]
+
+
+def test_weights_that_layers_share_count_once() -> None:
+    shared = nn.Linear(4, 4)
+    layers = count(nn.Sequential(shared, nn.Tanh(), shared), torch.rand(2, 4))
+    assert [layer.weights_nbytes for layer in layers] == [4 * (4 * 4 + 4), 0, 0]
+
+
 def test_frozen_weights_are_not_trained() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.rand(2, 4)
     flops = 2 * 2 * 4 * 4
@@ -250,6 +296,38 @@ def test_memory_is_weights_and_activations_and_training_keeps_all() -> None:
     at_two: dict[str, Any] = {"edge": PLAIN, "cloud": FAST, "network": "lan", "up_nbytes": 1, "down_nbytes": 1}
     assert split_cost(layers, 2, **at_two).edge_memory == weights + 4 * 4 * (64 + 64)
     assert split_cost(layers, 2, **at_two, training=True).edge_memory == 2 * weights + 4 * 4 * (30 + 64 + 64)
+
+
+@pytest.mark.parametrize(("model", "x"), ZOO, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("mode", [True, False])
+def test_training_memory_is_that_of_what_autograd_keeps_or_up_to_twice(
+    model: nn.Sequential, x: Tensor, mode: bool
+) -> None:
+    """What autograd saves was written by some kernel, or is the input; it needs about half, such as a ReLU's output."""
+    model = copy.deepcopy(model).train(mode)
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # as autograd does, so that no address is used again
+        return tensor
+
+    layers = count(model, x)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(x)
+    saved = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    memory = split_cost(
+        layers, len(layers), edge=PLAIN, cloud=FAST, network="lan", up_nbytes=0, down_nbytes=0, training=True
+    ).edge_memory
+    assert 0.5 <= saved / (memory - 2 * sum(layer.weights_nbytes for layer in layers)) <= 1
+
+
+def test_inference_needs_the_memory_of_the_largest_kernel_within_a_layer() -> None:
+    block = nn.Sequential(nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 4))
+    layers = count(nn.Sequential(block, nn.Linear(4, 2)), torch.rand(3, 4))
+    at: dict[str, Any] = {"edge": PLAIN, "cloud": FAST, "network": "lan", "up_nbytes": 0, "down_nbytes": 0}
+    weights = sum(weight.nbytes for weight in block.parameters())
+    assert split_cost(layers, 1, **at).edge_memory == weights + 4 * 3 * (100 + 100)
 
 
 def test_the_cheapest_cut_follows_the_network() -> None:

@@ -429,6 +429,47 @@ def test_in_real_time_a_hanging_request_is_left_behind_and_its_late_answer_dropp
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("mode", ["split", "cloud", "cascade"])
+def test_a_slow_server_in_this_process_does_not_hold_up_the_exit(mode: Any) -> None:
+    let_go = threading.Event()
+
+    class Slow(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            assert let_go.wait(5)
+            return z[:, :3]
+
+    deadline = Deadline(0.02)
+    answers = Inference(BOTTOM, Learner("server", Slow()), HEAD, NEVER, mode, deadline).answer(X)
+    flight = deadline._flight
+    assert flight is not None
+    assert not flight.done.is_set()  # the exit did not wait until the server had given up
+    assert answers.where == ("fallback",) * len(X)
+    let_go.set()
+    assert flight.done.wait(60)
+    assert torch.equal(answers.logits, HEAD.predict(BOTTOM.predict(X)))
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), EOFError("the pipe is shut")])
+def test_a_broken_pipe_is_a_failure_of_the_network(error: Exception) -> None:
+    def broken() -> Tensor:
+        raise error
+
+    deadline = Deadline(60)
+    assert deadline.ask(broken) is None
+    assert (deadline.failures, deadline.reason) == (1, str(error))
+
+
+def test_an_interrupt_in_the_request_is_raised_and_none_is_no_answer() -> None:
+    def interrupted() -> Tensor:
+        raise SystemExit(3)
+
+    for clock in (None, VirtualClock()):
+        with pytest.raises(SystemExit):
+            Deadline(60, clock=clock).ask(interrupted)
+        with pytest.raises(ValueError, match="expected an answer, got None"):
+            Deadline(60, clock=clock).ask(lambda: None)
+
+
 def test_an_answer_left_in_the_pipe_is_not_taken_for_the_next_samples() -> None:
     clock, pipe = VirtualClock(), []
     carrier = serve(Service({"server": server()}))

@@ -173,6 +173,26 @@ def test_what_moves_is_counted_and_the_way_back_takes_as_much() -> None:
     assert moved_nbytes(*bn, 3, training=False) == 4 * 8 * 8 + 8  # weight, bias, mean, variance; batches counted
 
 
+def test_a_layer_that_stands_in_two_places_moves_once() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Tanh(), nn.Tanh(), layer, nn.Tanh(), layer, nn.Tanh())
+    client, server = parties(model, 1, OPTIMIZERS["adam"])
+    assert moved_nbytes(client, server, 5) == 4 * (4 * 4 + 4)
+
+
+def test_a_service_goes_on_after_a_recut_and_so_does_a_new_session() -> None:
+    client, server = parties(small(), 4, OPTIMIZERS["adam"])
+    seen = wire(server).party
+    data = batches(3, (3, 4), 3)
+    recut(client, server, 7)  # leaves the server nothing to train
+    vanilla(client, seen, *data[0])
+    recut(client, server, 4)
+    for party, (x, y) in zip((seen, server.session("another")), data[1:], strict=True):
+        before = server.weights()["6.weight"]
+        vanilla(client, party, x, y)
+        assert not torch.equal(server.weights()["6.weight"], before)
+
+
 def test_evaluation_between_steps_is_that_of_the_joined_model() -> None:
     model = small()
     client, server = parties(model, 2, OPTIMIZERS["adam"])
@@ -191,6 +211,14 @@ class Pulled(Guard):
 class Shaped(Guard):
     def __init__(self) -> None:
         self.noise = torch.zeros(8)
+
+
+class Counting(torch.optim.SGD):
+    """An optimizer of a user's, with an attribute of its own."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float):
+        super().__init__(parameters, lr)
+        self.before = [parameter.detach().clone() for parameter in parameters]
 
 
 def refused(
@@ -217,6 +245,9 @@ def test_what_cannot_be_kept_equal_is_told_and_nothing_moves() -> None:
     assert "Adam and SGD" in refused(optimizers=(OPTIMIZERS["momentum"], OPTIMIZERS["adam"]))
     assert "Adam and AdamW" in refused(optimizers=(OPTIMIZERS["adamw"], OPTIMIZERS["adam"]))
     assert "got other lr;" in refused(optimizers=(lambda p: torch.optim.Adam(p, lr=1), OPTIMIZERS["adam"]))
+    assert "client: expected an optimizer of torch.optim, got Counting" in refused(
+        optimizers=(lambda p: Counting(p, 0.1), lambda p: Counting(p, 0.1))
+    )
     assert "LBFGS" in refused(optimizers=(lambda p: torch.optim.LBFGS(p), OPTIMIZERS["adam"]))
     assert "a cut between 1 and 7" in refused(at=8)
     assert "a layer below the cut" in refused(at="fc9")
