@@ -29,7 +29,7 @@ from experiments.runner import Outcome, Task
 from experiments.setups import ATTESTED
 from experiments.training import Trained, Training, described, device_of, load_splits, places, sizes_of, warm_up
 from splitlearn.codecs import Padded
-from splitlearn.cost import Layer, compute_seconds, count, split_cost
+from splitlearn.cost import Layer, compute_seconds, count, memory, split_cost
 from splitlearn.data import DATASETS, Splits
 from splitlearn.devices import DEVICES
 from splitlearn.enclave import ENCLAVES, LEFT_OUT, Host, enclosed, in_enclave
@@ -295,8 +295,7 @@ def _sequential(stage: nn.Module) -> nn.Sequential:
 def _inside(top: list[Layer], way: str) -> Any:
     """Return the device that computes the upper layers: in an enclave, or of the name of a plain one, as it is."""
     device = DEVICES[HOSTS[way]]
-    nbytes = sum(one.weights_nbytes for one in top) + max(one.input_nbytes + one.output_nbytes for one in top)
-    return in_enclave(device, ENCLAVES[way], nbytes) if way in ENCLAVES else device
+    return in_enclave(device, ENCLAVES[way], memory(top)) if way in ENCLAVES else device
 
 
 def _modelled(bottom: list[Layer], top: list[Layer], sizes: Tensor) -> dict[str, float]:

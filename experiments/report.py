@@ -75,8 +75,8 @@ def build(root: Path) -> Path:
     The pictures are ``tradeoff.png``, ``reconstructions.png``, where an ε is claimed ``privacy.png``, and of
     ``he_overhead`` ``encryption.png``, of ``mpc_overhead`` ``shares.png``, of ``detection`` ``detection.png``, of
     ``label_leakage`` ``labels.png``, of ``protection_grid``, ``paradigms``, ``non_iid``, ``continual``,
-    ``compression``, ``early_exits``, ``enclave`` and ``controller`` one of that name, where members poisoned ``poisoning.png`` and
-    ``backdoor.png``.
+    ``compression``, ``early_exits``, ``enclave`` and ``controller`` one of that name, where members poisoned
+    ``poisoning.png`` and ``backdoor.png``.
 
     A picture that the records have no figures for is left out, and removed if an earlier report left it. A corrupt
     record is told of in the report; ``ValueError`` where there is none at all that can be read.

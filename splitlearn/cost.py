@@ -21,7 +21,18 @@ from torch.utils.flop_counter import flop_registry
 from splitlearn.devices import RADIOS, Device, Radio
 from splitlearn.network import PROFILES, Profile
 
-__all__ = ["Cost", "Kernel", "Layer", "compute_seconds", "constant", "count", "seconds_per", "split_cost", "units"]
+__all__ = [
+    "Cost",
+    "Kernel",
+    "Layer",
+    "compute_seconds",
+    "constant",
+    "count",
+    "memory",
+    "seconds_per",
+    "split_cost",
+    "units",
+]
 
 FLOAT_NBYTES = 4
 FEW_CHANNELS = 8  # of input: fewer do not fill a vector of a usual processor (8 float32 in AVX2, 16 in AVX-512)
@@ -237,7 +248,7 @@ def split_cost(
         joules=joules,
         up_nbytes=up_nbytes,
         down_nbytes=down_nbytes,
-        edge_memory=_memory(layers[:at], training),
+        edge_memory=memory(layers[:at], training=training),
         modelled=edge.modelled or cloud.modelled,
     )
 
@@ -385,7 +396,8 @@ def _network(network: str | Profile, radio: Radio | None) -> tuple[Profile, Radi
     return network, radio or RADIOS[str(name)]
 
 
-def _memory(layers: Sequence[Layer], training: bool) -> int:
+def memory(layers: Sequence[Layer], *, training: bool = False) -> int:
+    """Return the bytes that a stage takes: weights and the largest kernel's input and output; training, all outputs."""
     if not layers:
         return 0
     weights = sum(layer.weights_nbytes for layer in layers)
