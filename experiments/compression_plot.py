@@ -49,9 +49,9 @@ def compression_table(points: Sequence[Point]) -> Table | None:
         rows.append(tuple(cells.values()))
     caption = (f"{settings[0]}. " if len(settings) == 1 else "") + (
         "Means over the seeds. The rate is that of a real frame of 64 test activations, headers and tables included, "
-        "beside the plain stage's activation in float32 (of updates, that of all that crossed); points of accuracy lost "
-        "are against no compression, seed by "
-        "seed, with the lowest and the highest. Bytes in all are those of the whole training, gradients packed too. "
+        "beside the plain stage's activation in float32 (of updates, that of all that crossed); points of accuracy "
+        "lost are against no compression, seed by seed, with the lowest and the highest. Bytes in all are those of the "
+        "whole training, gradients packed too. "
         "Leakage: the worst attack's advantage, by an attacker who knows the codec."
     )
     return Table(caption, tuple(cells), tuple(rows), 1 + (len(settings) > 1))
