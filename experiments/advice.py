@@ -105,9 +105,10 @@ def _further(plan: "Plan", best: Measured) -> list[str]:
     if not less:
         return []
     one = min(less, key=lambda other: other.loss.mean)
+    beyond = ", beyond your bound," if one.loss.mean > plan.bounds.loss else ""
     return [
-        f"Less leaks under {one.candidate.name}: {spread(one.leakage)}, at {spread(_rounded(one.loss))} points lost "
-        f"and {seconds(one.cost.seconds)}."
+        f"Less leaks under {one.candidate.name}: {spread(one.leakage)}, at {spread(_rounded(one.loss))} points lost"
+        f"{beyond} and {seconds(one.cost.seconds)}."
     ]
 
 

@@ -5,15 +5,19 @@ The command ``splitlearn plan`` calls it, too.
 
 import copy
 import importlib.util
+import pickle
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isnan
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from experiments.advice import advice, plan_table
+from experiments.ingredients import ATTACKS
 from experiments.names import find
 from experiments.plan_plot import plan_picture
 from experiments.planner import KNOWN, OBJECTIVES, Bounds, Candidate, Found, Measured
@@ -26,7 +30,7 @@ from experiments.workbench import Settings, Site, Subject, Workbench, shield_of,
 from splitlearn.cost import Cost
 from splitlearn.cut import cut, layer_names
 from splitlearn.data import Splits
-from splitlearn.devices import DEVICES, Device
+from splitlearn.devices import DEVICES, Device, Radio
 from splitlearn.network import PROFILES, Profile
 
 __all__ = ["COMPRESSIONS", "PROTECTIONS", "FromFile", "Plan", "candidates_of", "plan", "zoo"]
@@ -78,6 +82,7 @@ def plan(
     edge: str | Device = "phone",
     cloud: str | Device = "server_gpu",
     network: str | Profile = "wifi",
+    radio: Radio | None = None,
     batch: int = 1,
     training: bool = False,
     bounds: Bounds = Bounds(loss=2.0, leakage=0.5),
@@ -98,7 +103,8 @@ def plan(
     auxiliary and test samples, disjoint by index, or a function that loads them; with several ``jobs`` both functions
     must be such that a worker can take them (top-level ones of a module). ``cuts`` are names of last layers below a
     cut; ``weighted`` stands for one below each layer with weights, ``all`` for every place. Costs are per sample, at
-    ``batch`` samples a frame, of predictions or of ``training`` steps.
+    ``batch`` samples a frame, of predictions or of ``training`` steps; a ``network`` of your own needs its ``radio``.
+    The time to pack and unpack is not in them.
 
     Every candidate that affords its costs is glimpsed: the unsplit model trains on under it for a fifth of the epochs,
     from one seed, and meets the smallest attack. Those that are within reach of the bounds are trained whole, over all
@@ -108,16 +114,18 @@ def plan(
 
     What it does not tell: leakage by attacks that were not run, and of labels, which cross in the clear in training.
     """
-    site = Site(_device(edge), _device(cloud), network, batch, training)
-    _check(site, bounds, minimise, compressions, protections)
-    subject = Subject(data, splits if callable(splits) else _Held(splits), _maker(model))
+    _check(network, batch, bounds, minimise, compressions, protections, settings)
+    _check_attacks(settings.attacks, own=model is not None)
+    devices = _device(edge), _device(cloud)
+    source = model.path.read_text() if isinstance(model, FromFile) and model.path.is_file() else ""
+    subject = Subject(data, splits if callable(splits) else _Held(splits), _maker(model), source)
+    if jobs > 1:
+        _check_picklable(subject)
     loaded = subject.load()
-    if not loaded.private.x.is_floating_point():
-        raise ValueError("expected inputs that are numbers, got tokens, on which no attack here works; plan on others")
-    protections_for([one for one in protections if one != "none"], loaded.private)
-    check_auxiliary(settings.attacks, len(loaded.auxiliary))
-    bench = Workbench(subject, site, settings, out, jobs, progress)
+    _check_data(loaded, batch, protections, settings)
     fresh = subject.make(loaded, settings.seeds[0])
+    _check_fits(fresh, loaded)
+    bench = Workbench(subject, Site(*devices, network, batch, training, radio), settings, out, jobs, progress)
     candidates, skipped = candidates_of(fresh, cuts, compressions, protections)
     costs = bench.costs(candidates)
     found = bench.plan(candidates, bounds, minimise, whole_front=whole_front)
@@ -125,7 +133,7 @@ def plan(
     accuracy = sum(bench.baseline.values()) / len(bench.baseline)
     against = minimise if minimise in KNOWN else "seconds"
     drawn = plan_picture(found, costs, bounds, against, out / "plan.png")
-    answer = Plan(found, costs, bounds, minimise, site, whole, accuracy, tuple(skipped), drawn)
+    answer = Plan(found, costs, bounds, minimise, bench.site, whole, accuracy, tuple(skipped), drawn)
     write_atomically(out / "plan.txt", ("\n".join(answer.advice) + "\n").encode())
     return answer
 
@@ -138,7 +146,10 @@ def candidates_of(
     groups = {"weighted": weighted_places(model), "all": names}
     places = list(dict.fromkeys(place for one in cuts for place in groups.get(one, [one])))
     if not places:
-        raise ValueError("expected at least one place to cut at, got none; name layers with --cuts, or take all")
+        raise ValueError(
+            f"expected a model with a place to cut below a second layer with weights, got {len(model)} layers and "
+            "none; name places with --cuts, or split a layer in two"
+        )
     found, skipped = [], []
     for place in places:
         cut(model, place)
@@ -157,20 +168,86 @@ def candidates_of(
     return found, skipped
 
 
-def _check(site: Site, bounds: Bounds, minimise: str, compressions: Sequence[str], protections: Sequence[str]) -> None:
+def _check(
+    network: str | Profile,
+    batch: int,
+    bounds: Bounds,
+    minimise: str,
+    compressions: Sequence[str],
+    protections: Sequence[str],
+    settings: Settings,
+) -> None:
     """Raise for numbers and names that make no sense, before anything is loaded."""
     if minimise not in OBJECTIVES:
         raise ValueError(f"expected something to minimise among {', '.join(OBJECTIVES)}, got {minimise!r}")
-    if site.batch < 1:
-        raise ValueError(f"expected a batch of at least one sample, got {site.batch}")
-    if isinstance(site.network, str):
-        find("network", site.network, PROFILES)
+    if batch < 1:
+        raise ValueError(f"expected a batch of at least one sample, got {batch}")
+    if isinstance(network, str):
+        find("network", network, PROFILES)
+    if any(isnan(value) for value in vars(bounds).values()):
+        raise ValueError(f"expected bounds that are numbers, got {bounds}; leave out those that are none")
     if not bounds.leakage >= 0:
         raise ValueError(f"expected a bound on leakage of 0 or more, got {bounds.leakage}")
+    if not settings.seeds or settings.targets < 1:
+        raise ValueError(f"expected at least one seed and one target, got {settings.seeds} and {settings.targets}")
+    settings.training(Candidate(0), settings.seeds[0], settings.epochs)
     if not (compressions and protections):
         raise ValueError("expected at least one compression and one protection, got none; none is one, too")
     for compression in compressions:  # a spelling that is none ends here, a combination that cannot be does not
         shield_of(Candidate(1, "layer", compression))
+
+
+def _check_attacks(attacks: Sequence[str], *, own: bool) -> None:
+    """Refuse attacks that are none, and for a model of one's own those that build a model by themselves: the zoo's."""
+    if not attacks:
+        raise ValueError("expected at least one attack, got none: without one nothing is known of what leaks")
+    for name in attacks:
+        attack = find("attack", name, ATTACKS)
+        if own and (attack.steps or any("architecture" in one for one in attack.knows)):
+            raise ValueError(
+                f"expected attacks on what crosses, got {name}, which trains along with, or builds, a model of the "
+                "zoo, and not yours; as in decoder or rmle"
+            )
+
+
+def _check_picklable(subject: Subject) -> None:
+    try:
+        pickle.dumps(subject)
+    except Exception as error:
+        raise ValueError(
+            "expected model and data that a worker process can take, got a function that it cannot find (a lambda, or "
+            "one inside another); define it at the top of a module, or use jobs=1"
+        ) from error
+
+
+def _check_data(splits: Splits, batch: int, protections: Sequence[str], settings: Settings) -> None:
+    private = splits.private
+    if not private.x.is_floating_point():
+        raise ValueError("expected inputs that are numbers, got tokens, on which no attack here works; plan on others")
+    protections_for([one for one in protections if one != "none"], private)
+    check_auxiliary(settings.attacks, len(splits.auxiliary))
+    if misfits := [name for name in settings.attacks if private.kind not in ATTACKS[name].inputs]:
+        raise ValueError(f"expected attacks that work on {private.kind}, got {', '.join(misfits)}; leave them out")
+    if batch > len(splits.test):
+        raise ValueError(f"expected a batch of at most the {len(splits.test)} test samples, got {batch}")
+
+
+@torch.no_grad()
+def _check_fits(model: nn.Sequential, splits: Splits) -> None:
+    """Raise where the model does not take these inputs to logits of these classes."""
+    x, y = splits.private.x[:2], torch.cat([splits.private.y, splits.auxiliary.y, splits.test.y])
+    try:
+        logits = copy.deepcopy(model).eval()(x)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"expected a model that takes inputs {tuple(x.shape)}, got: {reason}") from error
+    classes = int(y.max()) + 1
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[1] < classes:
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(
+            f"expected a model that puts out logits [2, {classes}] for two samples, since labels go from "
+            f"{int(y.min())} to {classes - 1}, got {got}; widen the last layer, or number the labels from 0"
+        )
 
 
 def _device(name: str | Device) -> Device:
@@ -207,7 +284,15 @@ class FromFile:
         if spec is None or spec.loader is None or not self.path.is_file():
             raise ValueError(f"expected a Python file with a model, got {self.path}; as in --model my_model.py:make")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        sys.modules[spec.name] = module  # where dataclasses look for it
+        sys.path.insert(0, str(self.path.parent))  # for what lies beside it
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"expected a Python file that runs, got {self.path}: {told}") from error
+        finally:
+            sys.path.remove(str(self.path.parent))
         if not hasattr(module, self.name):
             raise LookupError(f"nothing in {self.path} is named {self.name!r}; give the function that makes the model")
         return _seeded(getattr(module, self.name), seed)

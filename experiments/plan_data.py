@@ -19,8 +19,8 @@ TENTHS = (5, 3, 2)  # private, auxiliary, test
 def load_for(data: str, data_dir: Path | None, *, private: int = 0, auxiliary: int = 0) -> Callable[[], Splits]:
     """Return what loads the splits, which a worker can take; what is wrong with the name is told here.
 
-    An archive is parted by tenths, 5, 3 and 2, unless numbers are given; x [N, F] are tables, [N, C, L] signals,
-    [N, C, H, W] images.
+    An archive is parted by tenths, 5, 3 and 2, unless numbers are given; x [N, F] are tables, [N, 1, L] signals,
+    [N, H, W] and [N, C, H, W] images.
     """
     if data.endswith(".npz"):
         path = Path(data).absolute()
@@ -32,10 +32,11 @@ def load_for(data: str, data_dir: Path | None, *, private: int = 0, auxiliary: i
 
 
 def _own(path: Path, private: int, auxiliary: int) -> Splits:
-    dims = read_npz(path, "x", "y")["x"].ndim
-    if dims not in KINDS:
-        raise ValueError(f"expected x of two to four dimensions in {path.name}, got {dims}; tables are [N, F]")
-    dataset = load_npz(path, kind=KINDS[dims])
+    shape = read_npz(path, "x", "y")["x"].shape
+    if len(shape) not in KINDS:
+        raise ValueError(f"expected x of two to four dimensions in {path.name}, got {len(shape)}; tables are [N, F]")
+    grey = len(shape) == 3 and shape[1] > 1  # images without a dimension of channels
+    dataset = load_npz(path, kind="image" if grey else KINDS[len(shape)])
     sizes = [max(1, tenths * len(dataset) // 10) for tenths in TENTHS]
     splits = split(dataset, private=private or sizes[0], auxiliary=auxiliary or sizes[1], test=sizes[2])
     return standardise(splits) if dataset.kind == "table" else splits

@@ -1,6 +1,6 @@
 """Picture of a plan: what each candidate costs, leaks and loses, which one was chosen, and the bounds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import inf, isfinite
 from pathlib import Path
 
@@ -22,6 +22,7 @@ UNITS = {
     "nbytes": ("bytes a sample", 1),
 }
 WHOLE = "not split"
+LARGEST, SHRINKING = 110.0, 0.55  # area of the first compression's marks, in square points, and of the next ones
 WIDE = 10  # times the least cost, from which on the axis is logarithmic
 LOSSES = (-5, 0, 1, 2, 5, 10, 20, 50, 100)
 
@@ -38,7 +39,9 @@ def plan_picture(found: Found, costs: Mapping[Candidate, Cost], bounds: Bounds, 
     places = list(dict.fromkeys(one.place or WHOLE for one in seen))
     colours = {place: NEUTRAL if place == WHOLE else COLOURS[n % len(COLOURS)] for n, place in enumerate(places)}
     packs = list(dict.fromkeys(one.compression for one in seen))
-    markers = {name: MARKERS[n % len(MARKERS)] for n, name in enumerate(packs)}
+    sizes = {name: LARGEST * SHRINKING**n for n, name in enumerate(packs)}
+    shields = list(dict.fromkeys(one.protection for one in seen))
+    markers = {name: MARKERS[n % len(MARKERS)] for n, name in enumerate(shields)}
     word, scale = UNITS[against]
     cost = {one: scale * of_cost(costs[one], against) for one in seen}
     cost |= {one.candidate: scale * of_cost(one.cost, against) for one in found.measured}
@@ -46,14 +49,15 @@ def plan_picture(found: Found, costs: Mapping[Candidate, Cost], bounds: Bounds, 
     for axes, what, limit in ((left, "leakage", bounds.leakage), (right, "loss", bounds.loss)):
         for one in seen:
             axes.scatter(
-                cost[one], getattr(found.glimpses[one], what), s=42, marker=markers[one.compression],
+                cost[one], getattr(found.glimpses[one], what), s=sizes[one.compression], marker=markers[one.protection],
                 facecolors="none", edgecolors=colours[one.place or WHOLE], linewidths=1.0, alpha=0.55, zorder=2,
             )  # fmt: skip
         for done in found.measured:
             one, value = done.candidate, getattr(done, what)
             axes.errorbar(
                 cost[one], value.mean, yerr=reach([value]), color=colours[one.place or WHOLE],
-                marker=markers[one.compression], markersize=7.5, markeredgecolor="white", elinewidth=1.0, zorder=4,
+                marker=markers[one.protection], markersize=sizes[one.compression] ** 0.5, markeredgecolor="white",
+                elinewidth=1.0, zorder=4,
             )  # fmt: skip
         if found.best is not None:
             x, value = cost[found.best.candidate], getattr(found.best, what).mean
@@ -75,7 +79,7 @@ def plan_picture(found: Found, costs: Mapping[Candidate, Cost], bounds: Bounds, 
     right.set_ylabel("points of accuracy lost")
     right.set_yscale("symlog", linthresh=5)
     right.set_yticks(LOSSES, [str(one) for one in LOSSES])
-    _legend(figure, left, colours, markers)
+    _legend(figure, left, colours, markers, sizes)
     below(
         figure,
         "Full marks: measured, bars from the lowest to the highest seed; hollow: a glimpse (short training, small "
@@ -87,16 +91,18 @@ def plan_picture(found: Found, costs: Mapping[Candidate, Cost], bounds: Bounds, 
     return written(figure, path)
 
 
-def _legend(figure: Figure, axes: Axes, colours: Mapping[str, str], markers: Mapping[str, str]) -> None:
-    handles = [axes.scatter([], [], color=colour, marker="o", s=40) for colour in colours.values()]
+def _legend(
+    figure: Figure, axes: Axes, colours: Mapping[str, str], markers: Mapping[str, str], sizes: Mapping[str, float]
+) -> None:
+    handles = [axes.scatter([], [], color=colour, marker="o", s=45) for colour in colours.values()]
     handles += [
-        axes.scatter([], [], edgecolors=NEUTRAL, facecolors="none", marker=one, s=40) for one in markers.values()
+        axes.scatter([], [], edgecolors=NEUTRAL, facecolors="none", marker=one, s=45) for one in markers.values()
     ]
-    names: Iterable[str] = [
-        *(p if p == WHOLE else f"after {p}" for p in colours),
-        *("float32" if m == "none" else m for m in markers),
-    ]
+    handles += [axes.scatter([], [], color=NEUTRAL, marker="o", s=size) for size in sizes.values()]
+    names = [place if place == WHOLE else f"after {place}" for place in colours]
+    names += ["no protection" if name == "none" else name for name in markers]
+    names += ["float32" if name == "none" else name for name in sizes]
     figure.legend(
-        handles, [literal(name) for name in names], loc="outside upper left", ncols=8, frameon=False, fontsize=8.5,
-        title="Where to cut, what to compress, what leaks", title_fontproperties={"weight": "bold"},
+        handles, [literal(name) for name in names], loc="outside upper left", ncols=max(4, len(colours)), frameon=False,
+        fontsize=8.5, title="Where to cut, what to compress, what leaks", title_fontproperties={"weight": "bold"},
     )  # fmt: skip

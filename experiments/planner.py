@@ -73,15 +73,20 @@ class Slack:
     """How far beyond a bound a glimpse may lie for its candidate to be measured all the same."""
 
     loss: float = 5.0  # points: a short training is not a whole one
-    leakage: float = 0.05  # the small attack gets less than the whole family, so that its bound is nearly sure
+    leakage: float = 0.05  # the small attack gets less than its family, but on weights that are not the measured ones
 
 
 @dataclass(frozen=True)
 class Glimpse:
-    """What a short look tells: points of accuracy lost, and leakage by a small attack."""
+    """What a short look tells: points of accuracy lost, and leakage by a small attack.
+
+    ``doubt`` is how much lower the leakage may be measured, beyond the slack of all: more where a penalty shapes the
+    training, infinite where the small attack is no member of those that will be run.
+    """
 
     loss: float
     leakage: float
+    doubt: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,8 +146,9 @@ def search(
 
     ``costs`` are the candidates, with what a sample costs each. ``at_once`` are measured in one go. Of equal ones the
     first counts. With ``whole_front`` it goes on after the best is known, until all that are not hopeless are measured.
-    The result is that of measuring everything, unless a glimpse misleads by more than the ``slack``, or
-    bytes change in training (entropy coding) more than the costs' order does.
+    The result is that of measuring everything, unless a glimpse misleads by more than the ``slack`` and its doubt, or
+    bytes change in training (entropy coding) more than the costs' order does. Under a penalty a training may collapse,
+    which leaks less than any glimpse says: with a generous bound on the loss it may be left out.
     """
     if minimise not in OBJECTIVES:
         raise ValueError(f"expected something to minimise among {', '.join(OBJECTIVES)}, got {minimise!r}")
@@ -154,14 +160,14 @@ def search(
     hopeful = [
         one
         for one in affordable
-        if glimpses[one].loss <= bounds.loss + slack.loss and glimpses[one].leakage <= bounds.leakage + slack.leakage
+        if glimpses[one].loss <= bounds.loss + slack.loss and _least_leak(glimpses[one], slack) <= bounds.leakage
     ]
 
     def least(one: Candidate) -> float:
         """What it can come down to at best."""
         if minimise in KNOWN:
             return of_cost(costs[one], minimise)
-        return glimpses[one].leakage - slack.leakage if minimise == "leakage" else glimpses[one].loss - slack.loss
+        return _least_leak(glimpses[one], slack) if minimise == "leakage" else glimpses[one].loss - slack.loss
 
     waiting = sorted(hopeful, key=least)
     measured: list[Measured] = []
@@ -174,6 +180,10 @@ def search(
                 best = one
     dear = tuple(one for one in costs if one not in affordable)
     return Found(best, tuple(measured), glimpses, dear, tuple(one for one in affordable if one not in hopeful))
+
+
+def _least_leak(seen: Glimpse, slack: Slack) -> float:
+    return max(0.0, seen.leakage - slack.leakage - seen.doubt)
 
 
 def of_cost(cost: Cost, name: str) -> float:

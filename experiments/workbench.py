@@ -3,10 +3,13 @@
 Glimpses and measurements are trials, kept in folders of their own, so that a plan goes on where it was interrupted.
 """
 
+import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from experiments.parts import Attack, Shield
 from experiments.planner import Bounds, Candidate, Found, Glimpse, Measured, search
 from experiments.record import Record
 from experiments.runner import Outcome, Task, failure, run
-from experiments.scoring import attack_victim
+from experiments.scoring import aim_of, attack_victim
 from experiments.setups import train_unsplit, train_vanilla
 from experiments.store import Store
 from experiments.summary import Spread
@@ -30,7 +33,7 @@ from experiments.training import Training
 from splitlearn.cost import Cost, Layer, count, split_cost
 from splitlearn.cut import cut, layer_names
 from splitlearn.data import Splits
-from splitlearn.devices import Device
+from splitlearn.devices import Device, Radio
 from splitlearn.frames import Codec, Kind, Message, encode
 from splitlearn.network import Profile
 from splitlearn.party import Guard
@@ -42,17 +45,24 @@ __all__ = ["Make", "Settings", "Site", "Subject", "Workbench", "shield_of", "wei
 Make = Callable[[Splits, int], nn.Sequential]  # a fresh model for the data, from a seed
 GLIMPSED = 5  # a glimpse trains for one of so many of the epochs
 EXPERIMENT = "plan"
+BOUNDED_BY = frozenset({"decoder"})  # attacks that get at least what the small one gets: it is a member of theirs
+PENALISED = 0.2  # a penalty shapes a training from scratch more than a short one from weights that had none
+STARTED = 32  # samples on which layers of a shield's own start
 ALL = 1.0  # leakage where the inputs themselves cross
 KEYS = ("up_nbytes", "down_nbytes")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned for: a model and its data. Both are made where a trial runs, so that a worker can."""
+    """What is planned for: a model and its data. Both are made where a trial runs, so that a worker can.
+
+    ``source`` is what else tells the model from another, such as the text of the file that makes it.
+    """
 
     data: str
     load: Callable[[], Splits]
     make: Make
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Site:
     network: str | Profile
     batch: int = 1
     training: bool = False
+    radio: Radio | None = None  # of a network that is none of the named ones
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,8 @@ def shield_of(candidate: Candidate) -> Shield:
     own = PROTECTIONS[name].build(strength or PROTECTIONS[name].strengths[0])
     packed = Shield() if candidate.compression == "none" else compressed(candidate.compression)
     changes = type(own.guard).activation is not Guard.activation  # after the layers, off a quantiser's levels
+    if packed.updates is not None:
+        raise ValueError(f"expected a compression of activations, got {candidate.compression}: a plan has no members")
     if own.codec is not None or (packed.layers is not None and (own.layers is not None or changes)):
         raise ValueError(
             f"expected a protection that goes with a compression, got {candidate.protection} with "
@@ -142,7 +155,7 @@ class Workbench:
     @cached_property
     def layers(self) -> list[Layer]:
         """What each layer of the model does to a batch of the site's."""
-        return count(self.start.eval(), self.splits.test.x[: self.site.batch])
+        return count(copy.deepcopy(self.start).eval(), self.splits.test.x[: self.site.batch])
 
     def costs(self, candidates: Sequence[Candidate]) -> dict[Candidate, Cost]:
         """Return what a sample costs under each candidate, by what the model trained unsplit sends."""
@@ -158,8 +171,15 @@ class Workbench:
         for one, task in tasks.items():
             record = records[task.trial]
             lost = 100 * (self.baseline[record.seed] - record.utility["accuracy"])
-            found[one] = Glimpse(lost, record.worst_leakage or 0.0)
+            assert record.worst_leakage is not None
+            found[one] = Glimpse(lost, record.worst_leakage, self._doubt(one))
         return found
+
+    def _doubt(self, one: Candidate) -> float:
+        """Return how much lower than at a glimpse leakage may come out, but for the slack of any candidate."""
+        if not BOUNDED_BY & set(self.settings.attacks):
+            return inf  # the small attack is none of those that will be run
+        return PENALISED if shield_of(one).guard.penalises else 0.0
 
     def measure(self, candidates: Sequence[Candidate]) -> list[Measured]:
         """Return what whole trainings and attacks tell of each, over the seeds."""
@@ -193,7 +213,7 @@ class Workbench:
         if not path.exists():
             trained = train_unsplit(own, self.splits, Shield(), model=self.subject.make(self.splits, seed))
             accuracy = evaluate(trained.chain, self.splits.test.x, self.splits.test.y)["accuracy"]
-            weights = {f"w.{name}": tensor.cpu().contiguous() for name, tensor in trained.model.state_dict().items()}
+            weights = {f"w.{name}": tensor.cpu().clone() for name, tensor in trained.model.state_dict().items()}
             path.parent.mkdir(parents=True, exist_ok=True)
             partial_path = path.with_suffix(".partial")
             save_file({**weights, "accuracy": torch.tensor(accuracy, dtype=torch.float64)}, partial_path)
@@ -202,13 +222,20 @@ class Workbench:
         accuracy = held.pop("accuracy").item()
         return {name.removeprefix("w."): tensor for name, tensor in held.items()}, accuracy
 
-    def _identity(self) -> dict[str, str]:
+    def _identity(self) -> dict[str, Any]:
         """Return what tells model and data from others."""
-        return {"model": _model_digest(self._fresh), "data": _data_digest(self.splits), "name": self.subject.data}
+        return {
+            "model": self._model,
+            "source": _digest(self.subject.source),
+            "data": _data_digest(self.splits),
+            "name": self.subject.data,
+        }
 
     @cached_property
-    def _fresh(self) -> nn.Sequential:
-        return self.subject.make(self.splits, self.settings.seeds[0])
+    def _model(self) -> list[str]:
+        """The model of each seed: its layers, its weights, and what they make of some samples."""
+        x = self.splits.test.x[:STARTED]
+        return [_model_digest(self.subject.make(self.splits, seed), x) for seed in self.settings.seeds]
 
     def _task(self, one: Candidate, seed: int, epochs: int, *, glimpsed: bool = False) -> Task:
         training = self.settings.training(one, seed, epochs)
@@ -219,7 +246,10 @@ class Workbench:
             "compression": one.compression,
             "protection": one.protection,
             "shield": _told(shield_of(one)),
-            "attacks": [AFFINE] if glimpsed else list(self.settings.attacks),
+            "attacks": {
+                name: attack.described(aim_of(self.splits, seed, shield=shield_of(one)))
+                for name, attack in (SMALL if glimpsed else {n: ATTACKS[n] for n in self.settings.attacks}).items()
+            },
             "targets": self.settings.targets,
             "frames": {"batch": self.site.batch, "training": self.site.training},
             **({"start": start} if glimpsed else {}),
@@ -242,7 +272,7 @@ class Workbench:
 
     def _of_records(self, one: Candidate, records: Sequence[Record]) -> Measured:
         lost = Spread.of(100 * (self.baseline[record.seed] - record.utility["accuracy"]) for record in records)
-        leakage = Spread.of(record.worst_leakage or 0.0 for record in records)
+        leakage = Spread.of(record.worst_leakage for record in records if record.worst_leakage is not None)
         up, down = (sum(record.utility[key] for record in records) / len(records) for key in KEYS)
         assert lost is not None
         assert leakage is not None
@@ -260,12 +290,13 @@ class Workbench:
         layers, at = self.layers, one.at
         if one.split and (shield := shield_of(one)).layers is not None:
             x = self.splits.test.x[: self.site.batch]
-            below, top = cut(self.start, one.place)
-            stages = nn.Sequential(_started(shield.shaped(below, x[:1]), x), shield.raised(top, below, x[:1]))
-            layers, at = count(stages.eval(), x), 1
+            bottom, top = self._stages(shield, one, self.start)
+            with torch.no_grad(), _drawn():
+                sent = shield.guard.simulated().prediction(bottom(x))
+            layers, at = [*count(nn.Sequential(bottom), x), *count(nn.Sequential(top), sent)], 1
         whole = split_cost(
             layers, at, edge=self.site.edge, cloud=self.site.cloud, network=self.site.network, up_nbytes=up,
-            down_nbytes=down, training=self.site.training,
+            down_nbytes=down, training=self.site.training, radio=self.site.radio,
         )  # fmt: skip
         size = self.site.batch
         return replace(
@@ -288,9 +319,20 @@ class Workbench:
                 reply: dict[str, Tensor] = {} if self.site.training else {Kind.PREDICTION: model.eval()(x)}
             return len(encode(Message("predict", sent))) / times, len(encode(Message("predict", reply))) / times
         shield = shield_of(one)
-        below, top = cut(model, one.place)
-        encoder = Encoder(_started(shield.shaped(below, x[:1]), x), shield.guard, shield.codec)
-        return _frames(encoder, shield.raised(top, below, x[:1]), shield.codec, x, y, training=self.site.training)
+        bottom, top = self._stages(shield, one, model)
+        with _drawn():
+            encoder = Encoder(bottom, shield.guard, shield.codec)
+            return _frames(encoder, top, shield.codec, x, y, training=self.site.training)
+
+    def _stages(self, shield: Shield, one: Candidate, model: nn.Sequential) -> tuple[nn.Module, nn.Module]:
+        """Return copies of both stages as they predict, with the shield's layers, started on some samples."""
+        x = self.splits.test.x[:STARTED]
+        below, top = cut(copy.deepcopy(model), one.place)
+        with torch.no_grad(), _drawn():
+            bottom, above = shield.shaped(below, x[:1]), shield.raised(top, below, x[:1])
+            if shield.layers is not None:
+                bottom.train()(x)  # from which a quantiser takes its step
+        return bottom.eval(), above.eval()
 
 
 AFFINE = "affine"  # the smallest member of the decoder's family, alone
@@ -348,12 +390,12 @@ def _frames(
     return float(len(encode(Message("learn", sent), codec))), float(len(encode(Message("learn", reply), codec)))
 
 
-@torch.no_grad()
-def _started(stage: nn.Module, x: Tensor) -> nn.Module:
-    """Return the stage after one batch in training mode, from which layers take what they start with."""
+@contextmanager
+def _drawn() -> Iterator[None]:
+    """Draw what new layers and noise draw from a seed of their own, so that a candidate has one price."""
     with torch.random.fork_rng(devices=[]):
-        stage.train()(x.expand(max(2, len(x)), *x.shape[1:]) if len(x) == 1 else x)
-    return stage.eval()
+        torch.manual_seed(0)
+        yield
 
 
 def _told(shield: Shield) -> str:
@@ -364,8 +406,12 @@ def _digest(*things: Any) -> str:
     return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
 
 
-def _model_digest(model: nn.Module) -> str:
+@torch.no_grad()
+def _model_digest(model: nn.Module, x: Tensor) -> str:
     digest = hashlib.sha256(repr(model).encode())
+    with _drawn():
+        for mode in (False, True):  # what a layer computes stands in no repr
+            digest.update(copy.deepcopy(model).train(mode)(x).contiguous().numpy().tobytes())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -230,3 +230,100 @@ def test_the_zoo_is_planned_for_where_no_model_is_given(tmp_path):
     )  # fmt: skip
     assert answer.best is not None
     assert answer.best.candidate == Candidate(10, "relu4", "int8")
+
+
+def test_what_a_layer_computes_tells_models_apart_though_their_layers_read_alike(splits, tmp_path):
+    path = tmp_path / "bend.py"
+    text = "from torch import nn\nclass Bend(nn.Module):\n    def forward(self, x):\n        return {}\n"
+    text += "def make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Bend(), nn.Linear(8, 10))\n"
+    trials = set()
+    for body in ("x.relu()", "x.tanh()"):
+        path.write_text(text.format(body))
+        own = Workbench(
+            Subject("own", lambda: splits, FromFile(path, "make")), bench(splits, tmp_path).site, SHORT, tmp_path
+        )  # fmt: skip
+        trials.add(own._task(Candidate(3, "2"), 0, 1).trial)
+    assert len(trials) == 2
+
+
+def test_a_price_is_one_and_leaves_the_model_as_it_is(tmp_path):
+    splits = split(load("digits"), private=60, auxiliary=40, test=60)
+
+    def make(_: Splits, seed: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)
+        )
+
+    settings = Settings(epochs=1, seeds=(0,), targets=5)
+    there = Site(DEVICES["phone"], DEVICES["server_gpu"], "wifi")
+    own = Workbench(Subject("own", lambda: splits, make), there, settings, tmp_path, progress=False)
+    candidates = [
+        Candidate(3, "2", compression, protection)
+        for compression, protection in (
+            ("narrow0.25+ans4", "none"), ("learned4", "none"), ("ans4", "noise:0.05"), ("none", "mid:0.001"),
+        )
+    ]  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in own.start.state_dict().items()}
+    state = torch.get_rng_state()
+    first, second = own.costs(candidates), own.costs(candidates[::-1])
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in own.start.state_dict().items())
+    assert own.glimpse(candidates).keys() == set(candidates)
+
+
+def test_a_glimpse_bounds_leakage_only_where_its_attack_is_one_of_those_asked(splits, tmp_path):
+    own = bench(splits, tmp_path)
+    plain, penalised = Candidate(3, "2"), Candidate(3, "2", "none", "nopeek:3")
+    assert own._doubt(plain) == 0
+    assert 0 < own._doubt(penalised) < 1
+    other = Workbench(own.subject, own.site, Settings(attacks=("rmle",)), tmp_path)
+    assert other._doubt(plain) == inf
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"batch": 1000}, "a batch of at most the 200 test samples"),
+        ({"settings": Settings(attacks=())}, "at least one attack, got none"),
+        ({"settings": Settings(attacks=("magic",))}, "no attack is named 'magic'"),
+        ({"settings": Settings(attacks=("fsha",))}, "a model of the zoo, and not yours"),
+        ({"settings": Settings(attacks=("unsplit",))}, "a model of the zoo, and not yours"),
+        ({"settings": Settings(seeds=())}, "at least one seed"),
+        ({"settings": Settings(targets=0)}, "one target"),
+        ({"bounds": Bounds(loss=float("nan"))}, "bounds that are numbers"),
+        ({"compressions": ("update0.1",)}, "a plan has no members"),
+        ({"network": PROFILES["wifi"].__class__(up=1e6, down=1e6, latency=0.1)}, "a radio for a network of your own"),
+    ],
+)
+def test_what_cannot_be_asked_ends_before_anything_is_trained(asked, changed, line, monkeypatch):
+    monkeypatch.setattr(workbench, "run_trial", None)
+    with pytest.raises((ValueError, LookupError), match=line):
+        asked(**changed)
+
+
+def test_a_model_that_does_not_fit_its_data_is_told_so(splits, tmp_path):
+    narrow = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(
+        ValueError, match=r"logits \[2, 10\] for two samples, since labels go from 0 to 9, got \(2, 3\)"
+    ):
+        plan(narrow, splits, out=tmp_path, settings=SHORT)
+    with pytest.raises(ValueError, match="expected a model that takes inputs"):
+        plan(nn.Sequential(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 10)), splits, out=tmp_path, settings=SHORT)
+    with pytest.raises(ValueError, match="that a worker process can take"):
+        plan(lambda: narrow, splits, out=tmp_path, settings=SHORT, jobs=2)
+    with pytest.raises(ValueError, match="a place to cut below a second layer with weights"):
+        plan(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), splits, out=tmp_path, settings=SHORT)
+
+
+def test_a_model_file_may_have_dataclasses_and_neighbours_and_says_what_is_wrong_with_it(splits, tmp_path):
+    (tmp_path / "neighbour_of_bend.py").write_text("WIDTH = 5\n")
+    (tmp_path / "model.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
+        "from neighbour_of_bend import WIDTH\n@dataclass\nclass Shape:\n    width: int = WIDTH\n"
+        "def make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, Shape().width), nn.Linear(5, 10))\n"
+    )
+    assert FromFile(tmp_path / "model.py", "make")(splits, 0)[1].out_features == 5
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(ValueError, match=r"a Python file that runs, got .*broken.py: ZeroDivisionError"):
+        FromFile(tmp_path / "broken.py", "make")(splits, 0)
