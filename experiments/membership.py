@@ -168,7 +168,8 @@ def _taught(trained: Trained, pool: Pool, shield: Shield) -> Recorded:
     assert trained.encoder is not None
     assert isinstance(trained.model, nn.Sequential)
     frozen = Learner("server", copy.deepcopy(trained.model[1]).eval())
-    record = Recorded(Framed(serve(Service({"server": frozen}), shield.codec), shield.codec))
+    codec = copy.deepcopy(shield.codec)
+    record = Recorded(Framed(serve(Service({"server": frozen}), codec), codec))
     server = Remote("server", record, "server")
     for x, y in zip(pool.candidates.x.split(PART), pool.candidates.y.split(PART), strict=True):
         server.learn(trained.chain[0].predict(x).requires_grad_(), y)

@@ -1,5 +1,6 @@
 """What the catalogue lists: protections, attacks, protocols and benchmarks, each with the line that describes it."""
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -56,7 +57,7 @@ class Shield:
 
 @torch.no_grad()
 def _channels(bottom: nn.Module, x: Tensor) -> int:
-    return bottom(x).shape[1]
+    return copy.deepcopy(bottom).eval()(x).shape[1]  # whose norms need and move nothing
 
 
 def _like(layers: nn.Module, x: Tensor) -> nn.Module:

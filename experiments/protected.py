@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
-from experiments.ingredients import PROTECTIONS
-from experiments.names import at_strengths
+from experiments.ingredients import PROTECTIONS, PROTOCOLS
+from experiments.names import at_strengths, spec_of
 from experiments.parts import Protection
 from splitlearn.data import Dataset
 
@@ -23,9 +23,18 @@ def named_protections(specs: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def protections_for(specs: Iterable[str], private: Dataset) -> list[tuple[str, str]]:
-    """Return the same, and raise ``ValueError`` for protections that do nothing to inputs of this kind."""
+    """Return the same for vanilla split learning on these inputs, and raise ``ValueError`` for what does nothing there.
+
+    That is a protection of other kinds of inputs, or one of updates, which no member of it sends.
+    """
     found = named_protections(specs)
-    for name, _ in found:
+    for name, strength in found:
+        if PROTECTIONS[name].build(strength).updates is not None:
+            fits = ", ".join(protocol for protocol, one in PROTOCOLS.items() if one.updates_cross)
+            raise ValueError(
+                f"expected protections of activations, for vanilla sends no updates, got {spec_of(name, strength)}; "
+                f"drop it, or run tradeoff or compression with {fits}"
+            )
         if private.kind not in PROTECTIONS[name].inputs:
             raise ValueError(
                 f"expected protections that work on {private.kind}, which {private.name} holds, got {name}; drop it"

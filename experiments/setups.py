@@ -1,7 +1,8 @@
 """One function a protocol: who holds what, over which wires, trained as the training says.
 
 All parties share this process, and everything between them crosses as real frames, metered and, at the server,
-recorded. The shield is on what the clients send. Each function ends in the model as its first client sees it.
+recorded. The shield is on what the clients send; each wire has a codec of its own. Each function ends in the model as
+its first client sees it.
 """
 
 import copy
@@ -117,7 +118,9 @@ def train_enclave(training: Training, splits: Splits, shield: Shield) -> Trained
         hosts.append(host)
         return Framed(carrier, codec)
 
-    seats = [Remote(one.name, sealed(one, shield.codec, "up"), one.name) for one in plain.sessions.values()]
+    seats = [
+        Remote(one.name, sealed(one, copy.deepcopy(shield.codec), "up"), one.name) for one in plain.sessions.values()
+    ]
     members = [
         Member(one, seat, own)
         for one, seat, own in zip([member.learner for member in plain.members], seats, plain.batches, strict=True)
@@ -147,12 +150,12 @@ def train_u_shaped(
     client = _client(training, bottom, shield, 0)
     top = Learner("head", head, optimizer_for(head, training), seed=training.seed + 7)
     server = _server(training, between)
-    line = wire(server if infiltrate is None else infiltrate(server), shield.codec)
+    line = wire(server if infiltrate is None else infiltrate(server), copy.deepcopy(shield.codec))
     batches = _batches(training, splits.private.x, splits.private.y)
     step = partial(u_shaped, client, line.party, top)
     losses = fit(epochs_of(step, batches), epochs=training.epochs).losses
     visible = {"server": UNLABELLED, "client": ["everything but the server's weights"]}
-    encoder = Encoder(client.stage, client.guard, shield.codec)
+    encoder = Encoder(client.stage, client.guard, copy.deepcopy(shield.codec))
     model = nn.Sequential(client.stage, between, head)
     chain: list[Predictor] = [client, line.party, top]
     return Trained(chain, model, losses, counted([line.meter]), visible, batches.x, batches.y, encoder, line.record)
@@ -222,21 +225,27 @@ def train_vertical(training: Training, splits: Splits, shield: Shield) -> Traine
     holders, side, top = vertical_parts(training, splits, shield)
     learners, columns, joined = [one.learner for one in holders], side.columns, side.joined
     server = _server(training, top)
-    meters = [Metered(serve(Service({one.name: one}), shield.codec), requests="down") for one in holders]
+    codecs = [copy.deepcopy(shield.codec) for _ in holders]
+    meters = [
+        Metered(serve(Service({one.name: one}), codec), requests="down")
+        for one, codec in zip(holders, codecs, strict=True)
+    ]
     remote = [
-        Remote(one.name, Framed(meter, shield.codec), one.name) for one, meter in zip(holders, meters, strict=True)
+        Remote(one.name, Framed(meter, codec), one.name)
+        for one, meter, codec in zip(holders, meters, codecs, strict=True)
     ]
     batches = _batches(training, torch.arange(len(splits.private)), splits.private.y)
     step = partial(vertical, server, remote, join=joined)
     losses = fit(epochs_of(step, batches), epochs=training.epochs).losses
-    paths = [Encoder(one.stage, one.guard, shield.codec) for one in learners]  # each part is packed on its own wire
+    # Each part is packed on its own wire.
+    paths = [Encoder(one.stage, one.guard, copy.deepcopy(shield.codec)) for one in learners]
     encoder = Encoder(SideBySide(paths, columns, joined))
     visible = {
         "server": ["each client's activation of every sample, in training and prediction", "the labels, its own"],
         "each client": ["gradients at its cut", "which samples are in a batch"],
     }
     seen = wire(server)  # what it reads are the parts, which have crossed their clients' wires by then
-    chain: list[Predictor] = [_Together(learners, columns, joined, shield.codec), seen.party]
+    chain: list[Predictor] = [_Together(learners, columns, joined, copy.deepcopy(shield.codec)), seen.party]
     whole_model = nn.Sequential(side, top)
     return Trained(
         chain, whole_model, losses, counted(meters), visible, splits.private.x, splits.private.y, encoder, seen.record
@@ -316,7 +325,7 @@ class _Table:
         """Return the model as the first client sees it, and that client as the victim."""
         member = self.members[0]
         client, session = member.learner, self.sessions[member.name]
-        encoder = Encoder(client.stage, client.guard, self.shield.codec)
+        encoder = Encoder(client.stage, client.guard, copy.deepcopy(self.shield.codec))
         return Trained(
             [client, self.wires[0].party],
             nn.Sequential(client.stage, session.stage),
@@ -349,7 +358,7 @@ def _table(
     clients = [_client(training, bottom, shield, number) for number in range(training.clients)]
     sessions = {one.name: server.session(one.name) if shared else server.replica(one.name) for one in clients}
     seated: list[Party] = list(sessions.values()) if infiltrate is None else [infiltrate(server)]
-    wires = [wire(one, shield.codec) for one in seated]
+    wires = [wire(one, copy.deepcopy(shield.codec)) for one in seated]
     batches = _shares(training, splits)
     members = [Member(one, line.party, own) for one, line, own in zip(clients, wires, batches, strict=True)]
     remote, meters = over_wires(members, shield.updates)

@@ -142,7 +142,7 @@ def _shadow(trial: Trial, data_dir: Path | None, number: int) -> dict[str, np.nd
     batches = Batches(splits.private.x, splits.private.y, batch_size=training.batch_size, seed=training.seed)
     fit(epochs_of(partial(vanilla, client, server), batches), epochs=training.epochs)
     x, y = pool.candidates.x.to(training.device), pool.candidates.y.to(training.device)
-    path, head = Encoder(bottom, client.guard, shield.codec), above.eval()
+    path, head = Encoder(bottom, client.guard, trial.shield().codec), above.eval()
     return {name: PLACES[name].point.of(path, head, x, y).numpy() for name in trial.points}
 
 

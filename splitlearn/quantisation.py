@@ -9,6 +9,7 @@ from math import sqrt
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from splitlearn.cut import cut
@@ -16,7 +17,11 @@ from splitlearn.cut import cut
 __all__ = ["LearnedQuantiser", "Pointwise", "baked", "narrowed", "quantisation_aware"]
 
 MOST_BITS = 8
-WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
+# Of these, output channels are not the weight's first dimension, or it goes by another name.
+UNROUNDED = (
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
+)  # fmt: skip
 
 
 class LearnedQuantiser(nn.Module):
@@ -25,7 +30,8 @@ class LearnedQuantiser(nn.Module):
     Esser, McKinstry, Bablani, Appuswamy and Modha 2020 (arXiv:1902.08153), equations 1 to 3, with the gradient of the
     step scaled by 1/√(entries of a batch · highest level). Levels run from 0 to 2^bits − 1, as after a ReLU, or where
     the first training batch has negative entries from −2^(bits−1) to 2^(bits−1) − 1. The step starts at
-    2·mean|z|/√(highest level) of that batch; before it there is none, and a prediction is a ``ValueError``.
+    2·mean|z|/√(highest level) of that batch; before it there is none, and a prediction is a ``ValueError``. A batch of
+    zeros alone starts nothing and passes. In a mean of members' weights the levels are signed once any member's are.
 
     Deviations: one step for the whole activation; the step is held above 0 by its magnitude. ``Palette(bits)`` carries
     what it puts out in so many bits an entry, exactly.
@@ -39,28 +45,39 @@ class LearnedQuantiser(nn.Module):
             raise ValueError(f"expected whole bits from 1 to {MOST_BITS}, got {bits!r}; as in LearnedQuantiser(4)")
         self.bits = bits
         self.step = nn.Parameter(torch.tensor(0.0))  # 0: not started yet
-        self.register_buffer("low", torch.tensor(0))  # the lowest level
+        self.register_buffer("low", torch.tensor(0.0))  # 0, or negative: a float, so that averages include it
 
     def forward(self, z: Tensor) -> Tensor:
         """Return level · step, with the identity as the rounding's gradient and none beyond the ends."""
-        if self.step.item() == 0:
-            self._start(z.detach())
-        low = int(self.low)
-        high = low + 2**self.bits - 1
-        scale = 1 / sqrt(z.numel() * max(high, 1))
+        if self.step.item() == 0 and not self._start(z.detach()):
+            return z
+        low, high = self._ends()
         step = self.step.abs()
-        step = (step - step * scale).detach() + step * scale  # its value, and a gradient of ``scale`` times it
+        backward = torch.is_grad_enabled() and (z.requires_grad or step.requires_grad)
+        if not backward and forward_ad.unpack_dual(z).tangent is None:
+            return (z / step).clamp_(low, high).round_().add_(0.0).mul_(step)  # a zero without sign, as below
+        scaled = step / sqrt(max(z.numel(), 1) * max(high, 1))
+        step = step.detach() + (scaled - scaled.detach())  # its very value, and the gradient scaled
         levels = (z / step).clamp(low, high)
         return (levels + (levels.round() - levels).detach()) * step
 
+    def _ends(self) -> tuple[int, int]:
+        """Return the lowest and the highest level."""
+        low = -(2 ** (self.bits - 1)) if self.low.item() < 0 else 0
+        return low, low + 2**self.bits - 1
+
     @torch.no_grad()
-    def _start(self, z: Tensor) -> None:
+    def _start(self, z: Tensor) -> bool:
+        """Set sign and first step by ``z``, and return whether it told any."""
         if not self.training:
             raise ValueError("expected a quantiser that was trained, got one without a step; train a batch first")
+        if not bool(z.any()):
+            return False
         if bool((z < 0).any()):
             self.low.fill_(-(2 ** (self.bits - 1)))
-        high = max(int(self.low) + 2**self.bits - 1, 1)
+        high = max(self._ends()[1], 1)
         self.step.fill_(max(2 * z.abs().mean().item() / sqrt(high), torch.finfo(z.dtype).tiny))
+        return True
 
 
 class Pointwise(nn.Linear):
@@ -100,11 +117,18 @@ def quantisation_aware(stage: nn.Module, bits: int = 8) -> nn.Module:
     moves full weights; what computes is their rounding, symmetric about 0, each output channel on 2^bits − 1 levels,
     with the identity as gradient (Bengio et al. 2013). Biases and norms stay. ``baked`` gives the plain stage for the
     device. Deviations: activations within the stage are not rounded (a codec or a ``LearnedQuantiser`` does that at the
-    cut); norms are not folded in. Computing is simulated in floating point: what is saved is the size of the weights.
+    cut); norms are not folded in. Computing is simulated in floating point: what is saved is the size of the weights. A
+    stage with other weights (transposed convolutions, attention of several heads, recurrence) is a ``ValueError``.
     """
     if not (type(bits) is int and 2 <= bits <= MOST_BITS):
         raise ValueError(f"expected whole bits from 2 to {MOST_BITS} for weights, got {bits!r}")
     aware = copy.deepcopy(stage)
+    if unfit := [(name, type(one).__name__) for name, one in aware.named_modules() if isinstance(one, UNROUNDED)]:
+        name, kind = unfit[0]
+        raise ValueError(
+            f"expected weights of linear layers, convolutions and embeddings to round, got layer {name!r}, "
+            f"{kind}; cut below it, or train without rounded weights"
+        )
     layers = [layer for layer in aware.modules() if isinstance(layer, WEIGHTED)]
     if not layers:
         raise ValueError("expected a stage with weights (linear, convolution, embedding) to round, got none")

@@ -22,6 +22,7 @@ from splitlearn.codecs import (
     TopK,
     Uniform,
     Zstd,
+    sparse,
     through,
 )
 from splitlearn.frames import Codec, Kind, Message, decode, encode
@@ -500,6 +501,33 @@ def test_random_k_is_unbiased_where_asked_and_draws_all_places_alike():
     plain = RandomK(0.2)
     kept = torch.stack([crossed(plain, x) != 0 for _ in range(4000)]).double().mean(0)
     assert (kept - 0.2).abs().max() < 0.03  # five standard errors
+
+
+def test_random_k_refuses_what_its_scale_makes_infinite_whatever_is_drawn():
+    x = torch.ones(1, 100)
+    x[0, 50] = 1e38  # times 10 is over the greatest float32
+    codec = RandomK(0.1, unbiased=True)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="expected finite values in 'activation'"):
+            codec.pack("activation", x)
+    assert codec.state_dict() == {"packed": {}}
+    assert crossed(RandomK(0.1), x).isfinite().all()
+    assert crossed(codec, x / 100).isfinite().all()
+
+
+def test_random_k_draws_in_parts_what_it_draws_at_once_and_takes_little_memory(monkeypatch):
+    x = torch.rand(7, 33)
+    whole = crossed(RandomK(0.2, seed=3), x)
+    for hashes in (1, 70):
+        monkeypatch.setattr(sparse, "DRAWN", hashes)
+        assert torch.equal(crossed(RandomK(0.2, seed=3), x), whole)
+    monkeypatch.undo()
+    wide = torch.ones(2048, 4096)  # of whose entries one hash each takes 64 MiB
+    codec = RandomK(0.001)
+    parts = codec.pack("activation", wide)
+    with little_memory():
+        back = unpack(codec, parts, (2048, 4096))
+    assert ((back != 0).sum(1) == 5).all()
 
 
 def test_random_k_depends_on_its_seed_and_resumes_from_its_state():

@@ -1,16 +1,23 @@
 """Compressions by name, in training: what each sends, what it saves, and what goes with what."""
 
-import pytest
+import copy
 
+import pytest
+import torch
+from torch import nn
+
+from experiments import attribute, membership
 from experiments.compressed import compressed
 from experiments.compression import COMPRESSION, Config
 from experiments.compression_plot import compression_curves, compression_table
 from experiments.experiment import Options
-from experiments.ingredients import PROTECTIONS
+from experiments.ingredients import PROTECTIONS, PROTOCOLS
 from experiments.runner import run
 from experiments.store import Store
 from experiments.summary import summarise
+from experiments.training import Training, load_splits
 from splitlearn.quantisation import LearnedQuantiser, Pointwise
+from splitlearn.train import predict
 
 
 @pytest.mark.parametrize(
@@ -31,6 +38,47 @@ def test_a_name_may_bring_layers_and_rounded_weights():
     assert both.layers(16)[0].out_features == 4
     assert both.above(16).in_features == 4
     assert compressed("aware4+int8").weight_bits == 4
+
+
+def test_layers_fit_a_bottom_with_norms_whose_statistics_stay():
+    bottom = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+    before = copy.deepcopy(bottom.state_dict())
+    own = compressed("narrow0.25")
+    x = torch.rand(1, 6)  # one value a channel, of which a norm in training makes nothing
+    below, above = own.shaped(bottom, x), own.raised(nn.Identity(), bottom, x)
+    assert above(below(torch.rand(5, 6))).shape == (5, 8)
+    bottom.load_state_dict(before)
+    own.shaped(bottom, torch.rand(1, 6))
+    assert all(torch.equal(one, before[name]) for name, one in bottom.state_dict().items())
+    assert bottom.training
+
+
+@pytest.mark.parametrize("protocol", ["vanilla", "u_shaped", "enclave", "vertical"])
+def test_a_shield_trains_alike_twice_with_a_codec_that_counts(protocol):
+    splits = load_splits("digits", None, sizes=(64, 32, 32))
+    shield = compressed("random0.3")
+    training = Training(protocol=protocol, epochs=1, clients=1 if protocol != "vertical" else 2)
+    once, again = (PROTOCOLS[protocol].train(training, splits, shield) for _ in range(2))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(once.model.state_dict().values(), again.model.state_dict().values(), strict=True)
+    )
+    assert once.losses == again.losses
+    x = splits.test.x
+    first = once.encoder(x)
+    predict(again.chain, x)  # what crosses moves no draw of an encoder
+    again.encoder(x)
+    assert torch.equal(once.encoder(x), again.encoder(x))
+    assert not torch.equal(first, once.encoder(x))  # which draws anew at each call
+    assert shield.codec.state_dict() == {"packed": {}}
+
+
+@pytest.mark.parametrize("experiment", [membership, attribute])
+def test_what_packs_updates_is_refused_where_none_are_sent(experiment, tmp_path):
+    config = experiment.Config(protections=("none", "compression:int8+update0.1"))
+    line = r"vanilla sends no updates, got compression:int8\+update0.1; drop it, or run .* with splitfed_v1, split"
+    with pytest.raises(ValueError, match=line):
+        experiment.tasks(config, Options(seeds=(0,), out=tmp_path))
 
 
 @pytest.mark.parametrize(

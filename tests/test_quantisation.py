@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from splitlearn import Learner, cut, vanilla, wire
 from splitlearn.codecs import Ans, Int8, Palette, PerKind
+from splitlearn.federation import mean
 from splitlearn.models import digits_cnn, ecg_cnn, mlp, token_transformer
 from splitlearn.quantisation import LearnedQuantiser, baked, narrowed, quantisation_aware
 
@@ -47,6 +49,63 @@ def test_learned_quantiser_starts_with_the_first_batch_it_trains_on():
     assert LearnedQuantiser(4)(torch.zeros(2, 3)).tolist() == torch.zeros(2, 3).tolist()
     with pytest.raises(ValueError, match="expected whole bits from 1 to 8, got 9"):
         LearnedQuantiser(9)
+
+
+def test_learned_quantiser_starts_with_no_batch_of_zeros():
+    layer, zeros = LearnedQuantiser(4), torch.zeros(2, 3, requires_grad=True)
+    layer(zeros).sum().backward()
+    assert torch.equal(zeros.grad, torch.ones(2, 3))
+    assert layer.step.item() == 0
+    with pytest.raises(ValueError, match="expected a quantiser that was trained"):
+        copy.deepcopy(layer).eval()(torch.zeros(2, 3))
+    layer(torch.rand(2, 3) - 0.5).sum().backward()  # the first batch that tells a step, and a sign
+    assert layer.step.item() > 0.01
+    assert layer.low.item() == -8
+    assert layer.step.grad.isfinite()
+
+
+@pytest.mark.parametrize("seen", [(0.0, -0.5), (-0.5, 0.0)])
+def test_one_member_with_negative_entries_makes_the_mean_signed(seen):
+    members = [LearnedQuantiser(4) for _ in seen]
+    for member, shift in zip(members, seen, strict=True):
+        member(torch.rand(8, 20, generator=torch.Generator().manual_seed(0)) + shift)
+    merged = LearnedQuantiser(4)
+    merged.load_state_dict(mean([member.state_dict() for member in members], [99, 1]))
+    z = torch.tensor([[-9.0, -0.3, 9.0]])
+    levels = (merged(z) / merged.step).round()
+    assert levels[0, ::2].tolist() == [-8, 7]
+    assert levels[0, 1] < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_learned_quantiser_predicts_to_the_bit_what_it_puts_out_in_training(bits, signed, dtype):
+    layer = started(bits, 0.037, signed=signed).to(dtype)
+    z = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)).to(dtype) * 2
+    z[0, :3] = torch.tensor([0.0, -0.0, -0.001])
+    trained = layer(z).detach()
+    assert same_bits(trained, layer(z[:7]).detach(), rows=7)  # whatever the size of the batch
+    with torch.no_grad():
+        assert same_bits(layer(z), trained)
+    frozen = layer.eval().requires_grad_(False)
+    assert same_bits(frozen(z), trained)
+    assert same_bits(frozen(z.clone().requires_grad_()).detach(), trained)
+
+
+def same_bits(one: Tensor, other: Tensor, rows: int = 64) -> bool:
+    return torch.equal(one[:rows], other[:rows]) and torch.equal(one[:rows].signbit(), other[:rows].signbit())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # forward rules are compiled on first use
+def test_a_frozen_quantiser_has_the_rounding_s_identity_as_gradient_both_ways():
+    layer = started(2, 0.5).eval().requires_grad_(False)
+    z = torch.tensor([[-1.0, 0.2, 5.0]], dtype=torch.float64)
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(z, torch.ones_like(z)))).tangent
+    assert tangent.tolist() == [[0, 1, 0]]
+    layer(z.requires_grad_()).sum().backward()
+    assert z.grad.tolist() == [[0, 1, 0]]
 
 
 def test_what_it_puts_out_crosses_exactly_in_its_bits_and_training_lowers_the_loss():
@@ -97,6 +156,9 @@ def test_quantisation_aware_refuses_what_it_cannot_round():
         quantisation_aware(nn.Linear(2, 2), 1)
     with pytest.raises(ValueError, match="rounds them already"):
         quantisation_aware(quantisation_aware(nn.Linear(2, 2)))
+    for layer in (nn.ConvTranspose2d(2, 3, 2), nn.MultiheadAttention(4, 2), nn.LSTM(2, 3)):
+        with pytest.raises(ValueError, match=f"got layer '1', {type(layer).__name__}; cut"):
+            quantisation_aware(nn.Sequential(nn.Linear(2, 2), layer))
 
 
 @pytest.mark.parametrize(

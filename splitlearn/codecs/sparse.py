@@ -15,6 +15,8 @@ from splitlearn.frames import Kind
 
 __all__ = ["RandomK", "TopK", "kept_of"]
 
+DRAWN = 1 << 18  # hashes at once, in whole rows, so that drawing takes little beside the tensor itself
+
 
 @dataclass(frozen=True)
 class TopK:
@@ -82,12 +84,13 @@ class RandomK:
     def pack(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
         """Return the kept values in order of their places, and the count of this packing (int64 [1])."""
         rows = tensor.reshape(row_shape(tuple(tensor.shape)))
-        check_finite(key, greatest(rows.abs()))
+        scale = self._scale(rows.shape[1])
+        check_finite(key, greatest(rows.abs()) * scale)  # of what could be kept, so that no draw decides
         kind = Kind.of(key).value
         count = self._packed[kind]
         self._packed[kind] += 1
         values = rows.gather(1, self._places(count, *rows.shape))
-        return {"values": values * self._scale(rows.shape[1]), "count": torch.tensor([count])}
+        return {"values": values * scale, "count": torch.tensor([count])}
 
     def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """Return zeros with the values in their places."""
@@ -111,9 +114,15 @@ class RandomK:
         """Return the places [rows, kept] of one packing, rising: those whose hash is least in their row."""
         kept = kept_of(width, self.fraction)
         start = _mixed(_mixed(np.array([self.seed], np.int64).view(np.uint64)) ^ np.array([count]).view(np.uint64))
-        drawn = _mixed(start + np.arange(rows * width, dtype=np.uint64)).reshape(rows, width)
-        places = np.argpartition(drawn, kept - 1, axis=1)[:, :kept] if 0 < kept < width else np.arange(kept)[None]
-        return torch.from_numpy(np.sort(np.broadcast_to(places, (rows, kept)).astype(np.int64), axis=1))
+        if kept == width:
+            return torch.arange(kept).repeat(rows, 1)
+        places = np.empty((rows, kept), np.int64)
+        some = max(1, DRAWN // width)
+        for row in range(0, rows, some):
+            until = min(row + some, rows)
+            drawn = _mixed(start + np.arange(row * width, until * width, dtype=np.uint64)).reshape(-1, width)
+            places[row:until] = np.sort(np.argpartition(drawn, kept - 1, axis=1)[:, :kept], axis=1)
+        return torch.from_numpy(places)
 
 
 def kept_of(width: int, fraction: float) -> int:
