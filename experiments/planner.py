@@ -8,7 +8,7 @@ are handed in.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, isinf
 
 from experiments.summary import Spread
 from splitlearn.cost import Cost
@@ -73,6 +73,7 @@ class Slack:
     """How far beyond a bound a glimpse may lie for its candidate to be measured all the same."""
 
     loss: float = 5.0  # points: a short training is not a whole one
+    collapse: float = 10.0  # points: bounds on the loss up to here allow for no training that a penalty has ruined
     leakage: float = 0.05  # the small attack gets less than its family, but on weights that are not the measured ones
 
 
@@ -80,8 +81,9 @@ class Slack:
 class Glimpse:
     """What a short look tells: points of accuracy lost, and leakage by a small attack.
 
-    ``doubt`` is how much lower the leakage may be measured, beyond the slack of all: more where a penalty shapes the
-    training, infinite where the small attack is no member of those that will be run.
+    ``doubt`` is how much lower the leakage may be measured, beyond the slack of all: infinite where the small attack is
+    no member of those that will be run; more where a penalty shapes the training, which counts under bounds that let it
+    ruin that.
     """
 
     loss: float
@@ -160,14 +162,15 @@ def search(
     hopeful = [
         one
         for one in affordable
-        if glimpses[one].loss <= bounds.loss + slack.loss and _least_leak(glimpses[one], slack) <= bounds.leakage
+        if glimpses[one].loss <= bounds.loss + slack.loss
+        and _least_leak(glimpses[one], slack, bounds) <= bounds.leakage
     ]
 
     def least(one: Candidate) -> float:
         """What it can come down to at best."""
         if minimise in KNOWN:
             return of_cost(costs[one], minimise)
-        return _least_leak(glimpses[one], slack) if minimise == "leakage" else glimpses[one].loss - slack.loss
+        return _least_leak(glimpses[one], slack, bounds) if minimise == "leakage" else glimpses[one].loss - slack.loss
 
     waiting = sorted(hopeful, key=least)
     measured: list[Measured] = []
@@ -182,8 +185,10 @@ def search(
     return Found(best, tuple(measured), glimpses, dear, tuple(one for one in affordable if one not in hopeful))
 
 
-def _least_leak(seen: Glimpse, slack: Slack) -> float:
-    return max(0.0, seen.leakage - slack.leakage - seen.doubt)
+def _least_leak(seen: Glimpse, slack: Slack, bounds: Bounds) -> float:
+    """Return what leakage may come down to; a penalty takes off more only where it ruins the training, too."""
+    doubt = seen.doubt if isinf(seen.doubt) or bounds.loss > slack.collapse else 0.0
+    return max(0.0, seen.leakage - slack.leakage - doubt)
 
 
 def of_cost(cost: Cost, name: str) -> float:

@@ -113,6 +113,24 @@ def test_a_glimpse_that_misleads_by_more_than_the_slack_loses_the_best():
     assert found.best.candidate == a
 
 
+def test_doubt_counts_where_the_loss_may_be_great_and_where_the_attack_is_another():
+    (a,) = candidates(1)
+    world = World({a: (cost(1), 8.0, 0.3)})
+
+    def found(doubt: float, loss: float):
+        def glimpse(_: Sequence[Candidate]) -> Mapping[Candidate, Glimpse]:
+            return {a: Glimpse(8.0, 0.5, doubt)}
+
+        return search(
+            world.costs, Bounds(loss=loss, leakage=0.35), "seconds", glimpse=glimpse, measure=world.measure
+        ).best  # fmt: skip
+
+    assert found(0.2, 20) is not None
+    assert found(0.2, 9) is None
+    assert found(float("inf"), 9) is not None
+    assert found(0.0, 20) is None
+
+
 def test_bytes_that_change_in_training_count_as_measured():
     a, b = candidates(2)
     world = World({a: (cost(1, nbytes=100), 0, 0), b: (cost(2, nbytes=120), 0, 0)})
