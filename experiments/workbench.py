@@ -207,10 +207,9 @@ class Workbench:
 
     def _trained(self, seed: int) -> tuple[dict[str, Tensor], float]:
         """Return weights and accuracy of the unsplit training, from its file where there is one."""
-        own = self.settings.training(Candidate(0), seed, self.settings.epochs)
-        digest = _digest(self._identity(), own.described())
-        path = self.out / "unsplit" / f"{digest}.safetensors"
+        path = self._weights_file(seed)
         if not path.exists():
+            own = self.settings.training(Candidate(0), seed, self.settings.epochs)
             trained = train_unsplit(own, self.splits, Shield(), model=self.subject.make(self.splits, seed))
             accuracy = evaluate(trained.chain, self.splits.test.x, self.splits.test.y)["accuracy"]
             weights = {f"w.{name}": tensor.cpu().clone() for name, tensor in trained.model.state_dict().items()}
@@ -218,12 +217,16 @@ class Workbench:
             partial_path = path.with_suffix(".partial")
             save_file({**weights, "accuracy": torch.tensor(accuracy, dtype=torch.float64)}, partial_path)
             partial_path.rename(path)
-        held = load_file(path)
-        accuracy = held.pop("accuracy").item()
-        return {name.removeprefix("w."): tensor for name, tensor in held.items()}, accuracy
+        return _held(path)
 
+    def _weights_file(self, seed: int) -> Path:
+        """Return where the unsplit training's weights lie; the name tells them from those of any other."""
+        own = self.settings.training(Candidate(0), seed, self.settings.epochs)
+        return self.out.absolute() / "unsplit" / f"{_digest(self._identity, own.described())}.safetensors"
+
+    @cached_property
     def _identity(self) -> dict[str, Any]:
-        """Return what tells model and data from others."""
+        """What tells model and data from others; worked out once, for it reads all of the data."""
         return {
             "model": self._model,
             "source": _digest(self.subject.source),
@@ -239,9 +242,9 @@ class Workbench:
 
     def _task(self, one: Candidate, seed: int, epochs: int, *, glimpsed: bool = False) -> Task:
         training = self.settings.training(one, seed, epochs)
-        start = _digest(self._identity(), self.settings.training(Candidate(0), seed, self.settings.epochs).described())
+        path = self._weights_file(seed) if glimpsed else None
         config = {
-            **self._identity(),
+            **self._identity,
             **training.described(),
             "compression": one.compression,
             "protection": one.protection,
@@ -252,13 +255,12 @@ class Workbench:
             },
             "targets": self.settings.targets,
             "frames": {"batch": self.site.batch, "training": self.site.training},
-            **({"start": start} if glimpsed else {}),
+            **({"start": path.stem} if path is not None else {}),
         }
         labels = {
             "seed": seed, "data": self.subject.data, "protocol": "vanilla", "cut": one.place,
             "protection": one.protection, "strength": "" if one.compression == "none" else one.compression,
         }  # fmt: skip
-        path = self.out.absolute() / "unsplit" / f"{start}.safetensors" if glimpsed else None
         call = partial(run_trial, self.subject, self.site, one, training, self.settings, path)
         return Task(EXPERIMENT, config, "splitlearn plan", labels, call)
 
@@ -353,8 +355,7 @@ def run_trial(
     splits, shield = subject.load(), shield_of(one)
     model = subject.make(splits, training.seed)
     if start is not None:
-        held = load_file(start)
-        model.load_state_dict({name.removeprefix("w."): tensor for name, tensor in held.items() if name != "accuracy"})
+        model.load_state_dict(_held(start)[0])
     trained = train_vanilla(training, splits, shield, model=model)
     utility = evaluate(trained.chain, splits.test.x, splits.test.y)
     assert trained.encoder is not None
@@ -396,6 +397,13 @@ def _drawn() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+def _held(path: Path) -> tuple[dict[str, Tensor], float]:
+    """Return the weights and the accuracy that a file of an unsplit training holds."""
+    held = load_file(path)
+    accuracy = held.pop("accuracy").item()
+    return {name.removeprefix("w."): tensor for name, tensor in held.items()}, accuracy
 
 
 def _told(shield: Shield) -> str:
